@@ -1,0 +1,3 @@
+from lcconvert.convert.cli import main
+
+main()

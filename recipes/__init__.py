@@ -1,0 +1,1 @@
+"""Recipes are TOML files, complete by themselves; this package only carries them."""

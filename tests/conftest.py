@@ -1,0 +1,23 @@
+"""Makes `lcconvert.*` importable from a bare checkout: links the four folders under build/tree and puts it first."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TREE = ROOT / "build" / "tree"
+(TREE / "lcconvert").mkdir(parents=True, exist_ok=True)
+for _folder in ("convert", "runtime", "kernels", "recipes"):
+    _link = TREE / "lcconvert" / _folder
+    if not _link.is_symlink():
+        _link.symlink_to(ROOT / _folder, target_is_directory=True)
+sys.path.insert(0, str(TREE))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TREE), os.environ.get("PYTHONPATH")]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
