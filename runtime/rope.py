@@ -57,7 +57,7 @@ class RopeSpec:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RopeSpec:
-        """Reads v5 `rope_parameters` or legacy `rope_theta` + `rope_scaling`; UserError names any field not understood."""
+        """Reads v5 `rope_parameters` or legacy `rope_theta` + `rope_scaling`; UserError names a stray field."""
         found: dict[str, Any] = {}
         if config.get("rope_theta") is not None:
             found["rope_theta"] = config["rope_theta"]
@@ -96,7 +96,7 @@ class RopeSpec:
         return cls(**values)
 
     def to_config(self) -> dict[str, Any]:
-        """`rope_parameters` (v5) and the legacy pair, every field that matters explicit, to be merged into config.json."""
+        """`rope_parameters` (v5) and the legacy pair, every field explicit, to be merged into config.json."""
         scaling: dict[str, Any] = {"rope_type": self.kind}
         names = list(_NEEDS[self.kind])
         if self.kind == "yarn":
@@ -210,4 +210,4 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     """Rotates x [..., T, heads, D] by tables [..., T, D/2]; channel i pairs with i + D/2 (HF's half-split layout)."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]  # [..., T, 1, D/2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -19,7 +19,7 @@ _FAMILIES = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shapes and switches of one decoder. `head_dim` is in values, `max_position` in tokens (the configured context)."""
+    """Shapes and switches of one decoder; `max_position` is the configured context in tokens."""
 
     family: str
     hidden_size: int

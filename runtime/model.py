@@ -1,0 +1,192 @@
+"""One decoder for the Llama family, used to train, to calibrate and to serve: what is trained is what is served.
+
+Parameter names are those of HF checkpoints, so nothing maps names. A layer is cut in two halves, `qkv` and `finish`,
+because the runtime puts its own attention between them (layer-major prefill, paged decode); `forward` joins them with
+plain causal SDPA for training and for comparison with transformers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.linear import QuantLayout, make_linear
+from lcconvert.runtime.rope import apply_rope, cos_sin
+from lcconvert.runtime.source import TensorSource
+from lcconvert.runtime.spec import ModelSpec
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """The four projections and the optional q/k norm of one layer; the attention itself is the caller's."""
+
+    def __init__(self, spec: ModelSpec, layout: QuantLayout, name: str):
+        super().__init__()
+        self.head_dim = spec.head_dim
+
+        def linear(leaf: str, n_in: int, n_out: int, bias: bool) -> nn.Module:
+            return make_linear(n_in, n_out, bias, layout.format_of(f"{name}.{leaf}"))
+
+        self.q_proj = linear("q_proj", spec.hidden_size, spec.q_size, spec.qkv_bias)
+        self.k_proj = linear("k_proj", spec.hidden_size, spec.kv_size, spec.qkv_bias)
+        self.v_proj = linear("v_proj", spec.hidden_size, spec.kv_size, spec.qkv_bias)
+        self.o_proj = linear("o_proj", spec.q_size, spec.hidden_size, spec.o_bias)
+        self.q_norm = RMSNorm(spec.head_dim, spec.rms_eps) if spec.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(spec.head_dim, spec.rms_eps) if spec.qk_norm else nn.Identity()
+
+    def query(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """[..., T, H] -> [..., T, Hq, D], normed and rotated."""
+        return apply_rope(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), cos, sin)
+
+    def key_value(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[..., T, H] -> K (normed and rotated) and V, each [..., T, Hkv, D]."""
+        k = apply_rope(self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))), cos, sin)
+        return k, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+
+
+class MLP(nn.Module):
+    def __init__(self, spec: ModelSpec, layout: QuantLayout, name: str):
+        super().__init__()
+        h, m, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
+        self.gate_proj = make_linear(h, m, bias, layout.format_of(f"{name}.gate_proj"))
+        self.up_proj = make_linear(h, m, bias, layout.format_of(f"{name}.up_proj"))
+        self.down_proj = make_linear(m, h, bias, layout.format_of(f"{name}.down_proj"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, spec: ModelSpec, layout: QuantLayout, name: str):
+        super().__init__()
+        self.self_attn = Attention(spec, layout, f"{name}.self_attn")
+        self.mlp = MLP(spec, layout, f"{name}.mlp")
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_eps)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_eps)
+
+    def qkv(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [..., T, H], tables [..., T, D/2] -> q [..., T, Hq, D], k and v [..., T, Hkv, D]; q and k are rotated."""
+        h = self.input_layernorm(x)
+        return self.self_attn.query(h, cos, sin), *self.self_attn.key_value(h, cos, sin)
+
+    def finish(self, x: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
+        """x [..., T, H] and attention output [..., T, Hq*D] -> the layer's output [..., T, H]."""
+        x = x + self.self_attn.o_proj(attn)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.transpose(-2, -3) for t in self.qkv(x, cos, sin))  # [B, heads, T, D]
+        attn = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
+        return self.finish(x, attn.transpose(-2, -3).flatten(-2))
+
+
+class Backbone(nn.Module):
+    def __init__(self, spec: ModelSpec, layout: QuantLayout):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(Layer(spec, layout, f"model.layers.{i}") for i in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_eps)
+
+
+class Decoder(nn.Module):
+    """The causal language model of `spec`; `layout` says which linear layers are quantized."""
+
+    def __init__(self, spec: ModelSpec, layout: QuantLayout | None = None):
+        super().__init__()
+        self.spec = spec
+        self.model = Backbone(spec, layout or QuantLayout())
+        self.lm_head = None if spec.tied_head else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The output projection [V, H]; the embedding itself when tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, *, checkpoint_layers: bool = False
+    ) -> torch.Tensor:
+        """int64 ids [B, T] -> hidden states after the final norm [B, T, H], dense causal attention over row order.
+
+        `positions` int64 [B, T] only turn the rotary angles (PoSE may skip); None counts from 0. With
+        `checkpoint_layers`, activations inside a layer are recomputed in the backward pass.
+        """
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        cos, sin = cos_sin(self.spec.rope, self.spec.head_dim, positions)
+        x = self.model.embed_tokens(input_ids)
+        for layer in self.model.layers:
+            x = checkpoint(layer, x, cos, sin, use_reentrant=False) if checkpoint_layers else layer(x, cos, sin)
+        return self.model.norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> float32 [..., V]; pass a few hundred rows at a time, the result is V wide."""
+        return F.linear(hidden, self.head_weight).float()
+
+
+def load_decoder(
+    source: TensorSource, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Decoder:
+    """Builds the decoder of `source` and fills it tensor by tensor; quantized layers keep their packed form.
+
+    Strict: a missing, left-over, misshapen or non-finite tensor is a UserError that names it.
+    """
+    spec = ModelSpec.from_config(source.config)
+    layout = QuantLayout.from_config(source.config)
+    with torch.device("meta"):
+        decoder = Decoder(spec, layout)
+    wanted = dict(decoder.named_parameters()) | dict(decoder.named_buffers())
+    present = set(source.names())
+    if missing := sorted(set(wanted) - present):
+        raise UserError(
+            f"{source.name} lacks tensor {missing[0]} ({len(missing)} missing); the checkpoint is incomplete"
+        )
+    if extra := sorted(n for n in present - set(wanted) if not _ignorable(n, spec)):
+        raise UserError(
+            f"{source.name} holds tensor {extra[0]} ({len(extra)} not used), which a {spec.family} model of this "
+            "config has no place for; config.json and weights do not belong together"
+        )
+    for name, placeholder in wanted.items():
+        tensor = source.tensor(name)
+        if tensor.shape != placeholder.shape:
+            raise UserError(
+                f"tensor {name} of {source.name} has shape {list(tensor.shape)}, config.json wants "
+                f"{list(placeholder.shape)}; config.json and weights do not belong together"
+            )
+        check_finite(name, tensor, source.name)
+        packed = name.rpartition(".")[2].startswith("weight_") or tensor.dtype == torch.float8_e4m3fn
+        tensor = tensor.to(device) if packed else tensor.to(device, dtype)
+        owner = decoder.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
+        if isinstance(placeholder, nn.Parameter):
+            setattr(owner, leaf, nn.Parameter(tensor))
+        else:
+            owner.register_buffer(leaf, tensor)
+    return decoder.eval()
+
+
+def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
+    """Raises UserError when a floating tensor (float8 included) holds NaN or infinity."""
+    if tensor.dtype.is_floating_point:
+        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        if not torch.isfinite(values).all():
+            raise UserError(f"tensor {name} of {where} holds NaN or infinite values; the checkpoint is damaged")
+
+
+def _ignorable(name: str, spec: ModelSpec) -> bool:
+    if name.endswith((".rotary_emb.inv_freq", ".self_attn.k_scale", ".self_attn.v_scale")):
+        return True  # a table we compute; KV-cache scales the cache reads itself
+    return spec.tied_head and name == "lm_head.weight"
