@@ -1,11 +1,11 @@
 """How each method stretches a model's rotary positions from the length it was trained at to the target.
 
-Everything a method does is visible in the `RopeSpec` it returns: no method changes the model's code, and every result is
-one static table that transformers, vLLM and our runtime read alike from config.json. "dynamic" (a table that changes with
-the prompt's length) is not offered because keys cached under one table are wrong under the next.
+Everything a method does is visible in the `RopeSpec` it returns: no method changes the model's code, and every result
+is one static table that transformers, vLLM and our runtime read alike from config.json. "dynamic" (a table that changes
+with the prompt's length) is not offered because keys cached under one table are wrong under the next.
 
-Surprising rule: `ntk` and `theta` only change the base, so a source that is already scaled (Llama 3.1) keeps its scaling
-under the larger base; the other methods start from an unscaled source or continue their own kind.
+Surprising rule: `ntk` and `theta` only change the base, so a source that is already scaled (Llama 3.1) keeps its
+scaling under the larger base; the other methods start from an unscaled source or continue their own kind.
 
 L is the trained length, L' the context, s = L'/L, d the head size and i = 0..d/2-1 the pair, rotating by theta^(-2i/d).
 """
@@ -23,8 +23,6 @@ from lcconvert.runtime.rope import RopeSpec
 Method = Literal["linear", "ntk", "theta", "yarn", "longrope", "llama3"]
 METHODS: tuple[str, ...] = get_args(Method)
 
-_UNSCALED = ("default", "dynamic")  # a dynamic table equals the default one inside the trained length
-
 
 def extend_rope(
     rope: RopeSpec,
@@ -39,16 +37,17 @@ def extend_rope(
 
     linear: every pair slowed by s (position interpolation, arXiv 2306.15595).
     ntk: theta' = theta * s^(d/(d-2)), the slowest pair slowed by exactly s.
-    theta: theta' = theta^(ln(L'/2pi) / ln(L/2pi)), the last pair that turned fully in training slowed by s (2310.05209).
-    yarn: fast pairs kept, slow ones slowed by s, cos and sin scaled by 0.1 ln s + 1 (2309.00071).
-    longrope: pair i slowed by `factors[i]` (2402.13753), both of the format's tables equal so that nothing switches.
+    theta: theta' = theta^(ln(L'/2pi) / ln(L/2pi)), the last pair to turn fully in training slowed by s (2310.05209).
+    yarn: fast pairs kept, slow ones slowed by s, cos and sin times 0.1 ln s + 1 (2309.00071).
+    longrope: pair i slowed by `factors[i]`, cos and sin times sqrt(1 + ln s / ln L) (2402.13753); both of the
+        format's tables are this one, so that nothing switches at L.
     llama3: wavelengths over L slowed by s, under L/4 kept, blended between.
 
     Raises UserError when context <= trained, or the method cannot continue the source's own scaling.
     """
     if context <= trained:
         raise UserError(
-            f"context is {context} tokens but the source already reads {trained}; ask for a context larger than {trained}"
+            f"context is {context} tokens but the source already reads {trained}; ask for more than {trained}"
         )
     if factors is not None and method != "longrope":
         raise UserError(f"per-pair factors were given with method {method!r}; only longrope uses them, remove them")
@@ -59,11 +58,11 @@ def extend_rope(
         turns = math.log(context / (2 * math.pi)) / math.log(trained / (2 * math.pi))
         return _larger_base(rope, rope.theta**turns)
     if method == "longrope":
-        _require(rope, method, _UNSCALED)
+        _require(rope, rope.kind == "default", method)
         return _longrope(rope, head_dim, trained, scale, factors)
     if rope.kind == method:
         return _continue_scaling(rope, scale, context)
-    _require(rope, method, (*_UNSCALED, method))
+    _require(rope, rope.kind == "default", method)
     if method == "linear":
         return RopeSpec(kind="linear", theta=rope.theta, factor=scale)
     if method == "llama3":
@@ -75,18 +74,7 @@ def extend_rope(
             low_freq_factor=1.0,
             high_freq_factor=4.0,
         )
-    return RopeSpec(
-        kind="yarn",
-        theta=rope.theta,
-        factor=scale,
-        original_max_position=trained,
-        attention_factor=yarn_attention_factor(scale),
-    )
-
-
-def yarn_attention_factor(scale: float) -> float:
-    """What YaRN multiplies cos and sin by, so that attention stays as sharp over s times more keys."""
-    return 0.1 * math.log(scale) + 1.0
+    return RopeSpec(kind="yarn", theta=rope.theta, factor=scale, original_max_position=trained)
 
 
 def default_longrope_factors(theta: float, head_dim: int, trained: int, scale: float) -> tuple[float, ...]:
@@ -114,36 +102,32 @@ def _longrope(rope: RopeSpec, head_dim: int, trained: int, scale: float, factors
         theta=rope.theta,
         factor=scale,
         original_max_position=trained,
-        attention_factor=math.sqrt(1.0 + math.log(scale) / math.log(trained)),
         short_factor=table,
         long_factor=table,
     )
 
 
 def _larger_base(rope: RopeSpec, theta: float) -> RopeSpec:
-    if rope.kind == "longrope":
-        raise UserError(
-            "the source uses longrope, whose per-pair factors were searched for its own base; "
-            "extend the checkpoint it was made from instead"
-        )
-    return (
-        replace(rope, kind="default", theta=theta, factor=1.0) if rope.kind == "dynamic" else replace(rope, theta=theta)
-    )
+    _require(rope, rope.kind != "longrope", "")
+    return replace(rope, theta=theta)
 
 
 def _continue_scaling(rope: RopeSpec, scale: float, context: int) -> RopeSpec:
     if rope.kind != "yarn":
-        return replace(rope, factor=rope.factor * scale)
+        return replace(rope, factor=(rope.factor or 1.0) * scale)
     assert rope.original_max_position is not None  # RopeSpec.from_config fills it for yarn
-    factor = context / rope.original_max_position
-    return replace(
-        rope, factor=factor, attention_factor=yarn_attention_factor(factor), mscale=None, mscale_all_dim=None
-    )
+    return replace(rope, factor=context / rope.original_max_position, attention_factor=None)
 
 
-def _require(rope: RopeSpec, method: str, kinds: tuple[str, ...]) -> None:
-    if rope.kind not in kinds:
+def _require(rope: RopeSpec, holds: bool, method: str) -> None:
+    if holds:
+        return
+    if rope.kind == "longrope":
         raise UserError(
-            f"the source's rope type is {rope.kind!r}, which method {method!r} cannot continue; "
-            f"use --method {rope.kind if rope.kind in METHODS and rope.kind != 'longrope' else 'theta'}"
+            "the source's rope type is 'longrope', whose per-pair factors were searched for its own length; "
+            "extend the checkpoint that it was made from"
         )
+    raise UserError(
+        f"the source's rope type is {rope.kind!r}, which method {method!r} cannot continue; "
+        f"use --method {rope.kind} or --method theta"
+    )
