@@ -1,0 +1,95 @@
+"""Opens whatever the user names as a checkpoint: an HF folder, a GGUF file, a Hub id, or a GGUF inside a Python package.
+
+Nothing is converted here and no weight is read: the result is a `TensorSource` that yields tensors one at a time.
+From the Hub only safetensors, JSON and tokenizer files are fetched; pickled weights are never downloaded or opened.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+from lcconvert.convert.gguf_source import GgufSource
+from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.source import FolderSource, TensorSource
+
+_PACKAGE = "package:"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.json", "LICENSE*"]
+_FORMS = "give an HF checkpoint folder, a .gguf file, package:NAME or a Hub id such as owner/model"
+
+
+def open_checkpoint(src: str | Path, *, revision: str | None = None) -> TensorSource:
+    """Opens `src`; `revision` is a branch, tag or commit of a Hub id. UserError says what is wrong in one sentence."""
+    text = str(src)
+    if text.startswith(_PACKAGE):
+        return GgufSource(_packaged_gguf(text.removeprefix(_PACKAGE)))
+    path = Path(src).expanduser()
+    if path.is_file():
+        return _open_file(path)
+    if path.is_dir():
+        return FolderSource(path)
+    if _HUB_ID.fullmatch(text) and path.suffix not in {".gguf", ".safetensors"} | _PICKLED:
+        return FolderSource(_download(text, revision))
+    raise UserError(f"{text} does not exist; {_FORMS}")
+
+
+def _open_file(path: Path) -> TensorSource:
+    if path.suffix == ".gguf":
+        return GgufSource(path)
+    if path.suffix in _PICKLED:
+        raise UserError(
+            f"{path} is a pickled checkpoint, which can run code when opened and is never read; "
+            "save the model as safetensors first"
+        )
+    raise UserError(f"{path} is a single file that is not GGUF; {_FORMS}")
+
+
+def _packaged_gguf(name: str) -> Path:
+    """The one .gguf file of an installed distribution."""
+    try:
+        files = metadata.distribution(name).files or []
+    except metadata.PackageNotFoundError:
+        raise UserError(f"package {name} is not installed; run `pip install {name}`") from None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1:
+        raise UserError(f"package {name} holds {len(found)} .gguf files, expected exactly one; give the file's path")
+    if not found[0].is_file():
+        raise UserError(f"{found[0]} is missing though package {name} lists it; reinstall the package")
+    return found[0]
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS))
+    except GatedRepoError:
+        raise UserError(
+            f"Hub model {repo} is gated; accept its terms on its page and log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{repo} is neither a local path nor a Hub model you can read; check the spelling or log in with `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"Hub model {repo} has no revision {revision}; give a branch, tag or commit of it") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise UserError(
+            f"{repo} is not a local path and the Hub cannot be reached; check the path, or go online and repeat"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{repo} could not be fetched from the Hub ({reason}); repeat, finished files are kept"
+        ) from None
