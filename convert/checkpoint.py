@@ -1,4 +1,4 @@
-"""Opens whatever the user names as a checkpoint: an HF folder, a GGUF file, a Hub id, or a GGUF inside a Python package.
+"""Opens whatever the user names as a checkpoint: an HF folder, a GGUF file, a Hub id, or the GGUF in a Python package.
 
 Nothing is converted here and no weight is read: the result is a `TensorSource` that yields tensors one at a time.
 From the Hub only safetensors, JSON and tokenizer files are fetched; pickled weights are never downloaded or opened.
@@ -75,12 +75,10 @@ def _download(repo: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS))
     except GatedRepoError:
-        raise UserError(
-            f"Hub model {repo} is gated; accept its terms on its page and log in with `hf auth login`"
-        ) from None
+        raise UserError(f"Hub model {repo} is gated; accept its terms on its page and run `hf auth login`") from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"{repo} is neither a local path nor a Hub model you can read; check the spelling or log in with `hf auth login`"
+            f"{repo} is neither a local path nor a Hub model you can read; check it or run `hf auth login`"
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"Hub model {repo} has no revision {revision}; give a branch, tag or commit of it") from None
@@ -90,6 +88,4 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from None
     except (HfHubHTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{repo} could not be fetched from the Hub ({reason}); repeat, finished files are kept"
-        ) from None
+        raise UserError(f"{repo} could not be fetched ({reason}); repeat, finished files are kept") from None

@@ -101,7 +101,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise UserError(
-                f"tensor {name} of {path} has rows of {shape[-1]}, not a multiple of {block}; fetch it again"
+                f"tensor {name} of {path} has rows of {shape[-1]}, not a multiple of {block}; it is damaged"
             )
         tensors[name] = GgufTensor(shape, kind, data_start + offset, prod(shape) // block * block_bytes)
     last = max(tensors, key=lambda name: tensors[name].start + tensors[name].size, default=None)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ _LLAMA3_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_
 
 
 class GgufSource:
-    """Opens one `.gguf` file; reads its tables only. UserError for a cut file or a model we cannot name the parts of."""
+    """Opens one `.gguf` file by its tables. UserError for a cut file, an unknown architecture or an unknown tensor."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -67,10 +66,10 @@ class GgufSource:
         for kind in sorted({entry.kind for _, entry in self._tensors.values()}):
             self._check_readable(kind)
         self.config = self._config()
+        self.files = self._files()
 
-    @cached_property
-    def files(self) -> Mapping[str, bytes]:
-        """The tokenizer as HF files (rebuilt from the metadata) and generation_config.json."""
+    def _files(self) -> Mapping[str, bytes]:
+        """The tokenizer as HF files and generation_config.json, rebuilt from the metadata."""
         ids = special_token_ids(self._metadata)
         ends = [ids[name] for name in ("eos", "eot", "eom") if name in ids]
         generation: dict[str, Any] = {f"{name}_token_id": ids[name] for name in ("bos", "pad") if name in ids}

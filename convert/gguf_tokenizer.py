@@ -2,8 +2,9 @@
 
 A GGUF file stores tokens, merges or scores, and the NAME of the rule that splits text before merging. A wrong rule
 gives fluent text and worse numbers, so a name that is not in the table is an error and never a default.
-The surprising rule: `smollm` splits every digit off before the GPT-2 rule runs, so "\\n\\n1" is "\\n\\n" + "1"; transformers
-(5.24) ignores that name and makes "\\n" + "\\n" + "1" of it. We follow the model's own tokenizer.json and llama.cpp.
+The surprising rule: `smollm` splits every digit off before the GPT-2 rule runs, so "\\n\\n1" is "\\n\\n" + "1";
+transformers (5.24) ignores that name and makes "\\n" + "\\n" + "1" of it. We follow the model's own tokenizer.json, as
+llama.cpp does.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def special_token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
 
 
 def tokenizer_files(metadata: Mapping[str, Any], source: str, max_length: int) -> dict[str, bytes]:
-    """File name -> content, loading under transformers and under `runtime.tokenizer`; {} when the GGUF has no vocabulary.
+    """File name -> content, as transformers and `runtime.tokenizer` load them; {} when the GGUF has no vocabulary.
 
     `source` names the file in errors. UserError for a tokenizer model or a splitting rule that is not supported.
     """
@@ -165,7 +166,7 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def _merges_of_scores(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Every split of a token into two tokens, best score first; ties: the longer left part, then the lower ids."""
-    merges = []
+    merges: list[tuple[float, int, int, str, str]] = []
     for token, score in scores.items():
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         known = [(left, right) for left, right in halves if left in vocab and right in vocab]
@@ -181,11 +182,9 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _adds(metadata: Mapping[str, Any]) -> tuple[bool, bool]:
-    """(BOS, EOS) put around an encoded text; files that do not say add BOS for SentencePiece and Llama 3 vocabularies."""
-    implied = (
-        metadata.get("tokenizer.ggml.model") == "llama"
-        or _SPLITS.get(metadata.get("tokenizer.ggml.pre", "")) == _LLAMA3
-    )
+    """(BOS, EOS) around an encoded text; files that do not say get BOS for SentencePiece and Llama 3 vocabularies."""
+    split = _SPLITS.get(metadata.get("tokenizer.ggml.pre", ""))
+    implied = metadata.get("tokenizer.ggml.model") == "llama" or split == _LLAMA3
     ids = special_token_ids(metadata)
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", implied)) and "bos" in ids
     return add_bos, bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and "eos" in ids
