@@ -1,0 +1,304 @@
+"""One thread owns the engine; requests queue for it and their tokens travel back to the event loop.
+
+Torch work never runs on the event loop, so `/health` answers while a long prompt is read. The thread goes in turns:
+one token for every running generation, then the prefill of the request that has waited longest. A turn is also taken
+between the layers of a prefill, so answers keep coming while a long prompt is read, and a prompt of at most a sixteenth
+of its length is let in. Cancelled work stops within one layer. Decoding several sequences in one batch is left out.
+
+The surprising rule: a request is admitted only when its prompt plus its `max_tokens` fits beside what is already
+promised to running requests, all within `engine.max_context` tokens. So nothing that was started runs out of cache
+half way, and strict first-come order means a long request cannot be starved by short ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lcconvert.runtime.engine import Cancelled, Piece
+from lcconvert.runtime.metrics import Metrics
+
+if TYPE_CHECKING:
+    from lcconvert.runtime.engine import Engine, Sequence
+    from lcconvert.runtime.sampler import SamplingParams
+
+_log = logging.getLogger(__name__)
+_PROGRESS_EVERY = 0.2  # seconds between progress reports of one prefill; the first and the last always go out
+_ASIDE = 16  # a prompt this many times shorter than the one being read is let in between its layers
+
+
+class Rejected(Exception):
+    """The worker takes no more work now: the queue is full or the server is stopping."""
+
+
+class Stopped(Exception):
+    """The work was given up before its end because the server is stopping."""
+
+
+class ClientLeft(Stopped):
+    """The work was given up because nobody waits for it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Layers of the prefill done, and in all."""
+
+    done: int
+    total: int
+
+
+class Job:
+    """One request as both threads see it. Create it on the event loop."""
+
+    def __init__(self, ids: list[int], params: SamplingParams, *, progress: bool = False) -> None:
+        self.ids = ids
+        self.params = params
+        self.progress = progress
+        self.created = time.perf_counter()
+        self._events: asyncio.Queue[Piece | Progress | Exception] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._cancelled = threading.Event()
+
+    @property
+    def tokens(self) -> int:
+        """Cache tokens this job can come to need."""
+        return len(self.ids) + self.params.max_tokens
+
+    async def next(self, timeout: float | None = None) -> Piece | Progress | None:
+        """The next event, or None after `timeout` seconds without one. Raises what ended the job early."""
+        try:
+            event = await asyncio.wait_for(self._events.get(), timeout)
+        except asyncio.TimeoutError:
+            return None
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def cancel(self, reason: Stopped) -> None:
+        """The reader gets `reason` now; the engine lets go of the job within one layer. Any thread may call it."""
+        if not self._cancelled.is_set():
+            self._cancelled.set()
+            self._send(reason)
+
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def post(self, event: Piece | Progress | Exception) -> None:
+        """From the engine thread. A cancelled job has no reader any more."""
+        if not self._cancelled.is_set():
+            self._send(event)
+
+    def _send(self, event: Piece | Progress | Exception) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so is every reader
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+
+@dataclass(eq=False)
+class _Running:
+    job: Job
+    sequence: Sequence
+    pieces: Iterator[Piece]
+    prefilled: bool = False
+    busy: bool = False  # inside a step: this turn is taken between two of its layers
+
+
+class Worker:
+    """Owns `engine` from `start()` to `stop()`; every other method is called on the event loop."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, *, max_waiting: int = 256, max_running: int = 32) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._max_waiting = max_waiting
+        self._max_running = max_running
+        self._waiting: deque[Job] = deque()
+        self._running: list[_Running] = []
+        self._wake = threading.Condition()  # guards _waiting, _running, _draining, _stopping
+        self._draining = False
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="lcconvert-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def state(self) -> dict[str, int | bool]:
+        with self._wake:
+            return {
+                "alive": self._thread.is_alive(),
+                "stopping": self._draining,
+                "running": len(self._running),
+                "waiting": len(self._waiting),
+            }
+
+    def submit(self, job: Job) -> None:
+        """Queues the job; raises `Rejected` when the queue is full or the server is stopping."""
+        with self._wake:
+            if self._draining:
+                raise Rejected("the server is stopping; send the request again when it is back")
+            if len(self._waiting) >= self._max_waiting:
+                raise Rejected(f"{len(self._waiting)} requests are waiting, the most this server queues; retry later")
+            self._waiting.append(job)
+            self._metrics.waiting.set(len(self._waiting))
+            self._wake.notify()
+
+    def cancel(self, job: Job, reason: Stopped) -> None:
+        """Takes the job out of the queue, or makes the engine leave it."""
+        with self._wake:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._metrics.waiting.set(len(self._waiting))
+        job.cancel(reason)
+
+    def drain(self, seconds: float) -> None:
+        """Refuses new and queued work now; running answers may finish for `seconds`, then they are cancelled."""
+        with self._wake:
+            self._draining = True
+            waiting = list(self._waiting)
+        for job in waiting:
+            self.cancel(job, Stopped("the server is stopping"))
+        asyncio.get_running_loop().call_later(seconds, self._cancel_running)
+
+    def stop(self, timeout: float = 60.0) -> None:
+        """Ends the thread after the current layer and frees every sequence. Blocks for at most `timeout` seconds."""
+        with self._wake:
+            self._draining = self._stopping = True
+            self._wake.notify()
+        self._cancel_running()
+        self._thread.join(timeout)
+
+    def _cancel_running(self) -> None:
+        with self._wake:
+            running = list(self._running)
+        for run in running:
+            run.job.cancel(Stopped("the server is stopping"))
+
+    # The engine thread
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        finally:  # also when a bug ends the thread: nobody is left waiting, and `alive` turns false
+            with self._wake:
+                self._draining = True
+                left = [run.job for run in self._running] + list(self._waiting)
+                self._waiting.clear()
+            for job in left:
+                job.post(Stopped("the engine has stopped"))
+
+    def _serve(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._stopping or self._running or self._waiting)
+                if self._stopping:
+                    break
+            self._turn()
+        for run in list(self._running):
+            self._drop(run)
+
+    def _turn(self, longest_prompt: int | None = None) -> None:
+        """A token for every running job, then the prefill of the oldest waiting one (up to `longest_prompt` ids)."""
+        for run in list(self._running):
+            if run in self._running and not run.busy:
+                self._step(run)
+        if (job := self._admit(longest_prompt)) is not None:
+            self._begin(job)
+        self._metrics.kv_tokens.set(sum(run.sequence.length for run in self._running))
+
+    def _admit(self, longest_prompt: int | None) -> Job | None:
+        """The oldest waiting job, if there is room for it beside what running jobs were promised."""
+        with self._wake:
+            if self._stopping or not self._waiting or len(self._running) >= self._max_running:
+                return None
+            job = self._waiting[0]
+            promised = sum(run.job.tokens for run in self._running)
+            if self._running and promised + job.tokens > self._engine.max_context:
+                return None
+            if longest_prompt is not None and len(job.ids) > longest_prompt:
+                return None
+            self._metrics.waiting.set(len(self._waiting) - 1)
+            return self._waiting.popleft()
+
+    def _begin(self, job: Job) -> None:
+        if job.cancelled():
+            return
+        self._metrics.queue_seconds.observe(time.perf_counter() - job.created)
+        try:
+            sequence = self._engine.new_sequence()
+        except Exception as error:
+            self._fail(job, error)
+            return
+        report = self._between_layers(job)
+        pieces = self._engine.generate(job.ids, job.params, seq=sequence, progress=report, cancelled=job.cancelled)
+        run = _Running(job, sequence, pieces)
+        with self._wake:
+            self._running.append(run)
+            self._metrics.running.set(len(self._running))
+        self._step(run)
+
+    def _between_layers(self, job: Job) -> Callable[[int, int], None]:
+        """The engine's progress callback: reports to the reader if it asked, and takes a turn for the others."""
+        last = 0.0
+
+        def report(done: int, total: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if job.progress and (done >= total or now - last >= _PROGRESS_EVERY):
+                last = now
+                job.post(Progress(done, total))
+            if not job.cancelled():
+                self._turn(len(job.ids) // _ASIDE)
+
+        return report
+
+    def _step(self, run: _Running) -> None:
+        """One token of one job; the first step is its prefill."""
+        job = run.job
+        if job.cancelled():
+            self._drop(run)
+            return
+        started = time.perf_counter()
+        run.busy = True
+        try:
+            piece = next(run.pieces, None)
+            if piece is None:
+                raise RuntimeError("the engine ended a generation without a finish reason")
+        except Cancelled:
+            self._drop(run)
+            return
+        except Exception as error:
+            self._fail(job, error)
+            self._drop(run)
+            return
+        finally:
+            run.busy = False
+        seconds = time.perf_counter() - started
+        if run.prefilled:
+            self._metrics.decode_seconds.observe(seconds)
+        else:
+            self._metrics.prefill_seconds.observe(seconds)
+            self._metrics.prompt_tokens.inc(len(job.ids))
+            run.prefilled = True
+        self._metrics.generated_tokens.inc()
+        if piece.finish is not None:
+            self._drop(run)  # before the client hears of the end, so that its next request finds the room
+        job.post(piece)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        _log.error("a request failed in the engine", exc_info=error)
+        job.post(error)
+
+    def _drop(self, run: _Running) -> None:
+        """Ends a generation, whatever state it is in, and gives its pages back."""
+        close = getattr(run.pieces, "close", None)  # a generator is left at its yield; it must not run on
+        if close is not None:
+            close()
+        self._engine.free(run.sequence)
+        with self._wake:
+            self._running.remove(run)
+            self._metrics.running.set(len(self._running))
