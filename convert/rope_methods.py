@@ -15,13 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
 
+from lcconvert.convert.extend_config import Method
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.rope import RopeSpec
-
-Method = Literal["linear", "ntk", "theta", "yarn", "longrope", "llama3"]
-METHODS: tuple[str, ...] = get_args(Method)
 
 
 def extend_rope(

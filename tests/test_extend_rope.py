@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from lcconvert.convert.rope_methods import METHODS, default_longrope_factors, extend_rope
+from lcconvert.convert.extend_config import METHODS
+from lcconvert.convert.rope_methods import default_longrope_factors, extend_rope
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.rope import RopeSpec, cos_sin, inv_freq
 

@@ -1,0 +1,196 @@
+"""`lcconvert extend`: a short-context checkpoint becomes a long-context one in 16 bit.
+
+The steps are those of `extend`, read from top to bottom: open, stretch the positions, fine-tune (optional), write, read
+back and compare. What is trained is what is written: the decoder is built with its final RoPE from the first step, and
+the file on disk must give the same table and, at a far position, the same logits to the bit.
+
+Surprising rule: everything that refuses a request runs before the first byte is written, and a training that stops
+leaves its work folder, `OUT.partial`, from which the same command goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcconvert.convert.checkpoint import open_checkpoint
+from lcconvert.convert.corpus import Corpus
+from lcconvert.convert.extend_config import ExtendConfig, Stage
+from lcconvert.convert.rope_methods import extend_rope
+from lcconvert.convert.trainer import HOW_TO_RESUME, remove_state, train
+from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
+from lcconvert.runtime.errors import CheckFailed, UserError
+from lcconvert.runtime.model import Decoder, load_decoder
+from lcconvert.runtime.rope import RopeSpec, cos_sin
+from lcconvert.runtime.sidecar import NAME as SIDECAR
+from lcconvert.runtime.sidecar import ContextClaim, Sidecar
+from lcconvert.runtime.source import FolderSource, TensorSource
+from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.tokenizer import Tokenizer
+
+__all__ = ["ExtendConfig", "Stage", "extend"]
+
+_STATE_BYTES = 2 * 3 * 4  # bytes a parameter takes in the two checkpoints that exist while one replaces the other
+
+
+def extend(src: str, out: Path, config: ExtendConfig) -> Path:
+    """Writes the checkpoint `src` with context `config.context` to the new folder `out` and returns it.
+
+    UserError (nothing written) when the request cannot be met; CheckFailed when training diverges or what was written
+    does not read back equal; Interrupted with the work folder kept for the same command to resume.
+    """
+    source = open_checkpoint(src)
+    spec = ModelSpec.from_config(source.config)
+    rope = extend_rope(
+        spec.rope,
+        config.resolved_method,
+        head_dim=spec.head_dim,
+        trained=spec.max_position,
+        context=config.context,
+        factors=config.factors,
+    )
+    tokenizer = Tokenizer.from_files(source.files)
+    _check_request(source, spec, config)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    resume = HOW_TO_RESUME if config.plan else None
+    need = spec.parameters() * (2 + (_STATE_BYTES if config.plan else 0))
+
+    with new_folder(Path(out), keep_on_stop=resume, need_bytes=need) as folder:
+        stretched = _Stretched(source, extended_config(source.config, rope, config.context))
+        decoder = load_decoder(stretched, device=device, dtype=torch.float32 if config.plan else torch.bfloat16)
+        provenance = _provenance(src, stretched.sha256(), config)
+        if config.plan:
+            tokens = sum(stage.rows * stage.seq_len for stage in config.plan)
+            corpus = Corpus.read(config.data, tokenizer, need=tokens, seed=config.seed)
+            provenance["training"] = train(decoder, corpus, tokenizer, config, folder, stretched.sha256())
+        decoder = decoder.to(torch.bfloat16)
+        claim = ContextClaim(configured=config.context)
+        sidecar = Sidecar(variant="extended", context=claim, provenance=provenance)
+        files = {**extended_files(source.files, config.context), SIDECAR: sidecar.to_bytes()}
+        _write(folder, decoder, stretched.config, files)
+        _verify(folder, decoder, rope, config.context)
+        remove_state(folder)
+    return Path(out)
+
+
+def extended_config(config: Mapping[str, Any], rope: RopeSpec, context: int) -> dict[str, Any]:
+    """config.json of the extended model: RoPE in both forms, the context, bfloat16, no attention window."""
+    changed = {k: v for k, v in config.items() if k not in ("torch_dtype", "original_max_position_embeddings")}
+    changed |= {**rope.to_config(), "max_position_embeddings": context, "dtype": "bfloat16"}
+    # ModelSpec has refused windows shorter than the old context, so one that is left never limited anything
+    if changed.get("sliding_window"):
+        changed["sliding_window"] = None
+    if changed.get("use_sliding_window"):
+        changed["use_sliding_window"] = False
+    return changed
+
+
+def extended_files(files: Mapping[str, bytes], context: int) -> dict[str, bytes]:
+    """The auxiliary files, byte for byte but for limits of the old context that a tokenizer would enforce."""
+    changed = {name: content for name, content in files.items() if name != SIDECAR}
+    if "tokenizer_config.json" in files:
+        settings = json.loads(files["tokenizer_config.json"])
+        settings["model_max_length"] = context
+        changed["tokenizer_config.json"] = _json_bytes(settings)
+    tokenizer = json.loads(files["tokenizer.json"])
+    if tokenizer.get("truncation") or tokenizer.get("padding"):
+        changed["tokenizer.json"] = _json_bytes({**tokenizer, "truncation": None, "padding": None})
+    return changed
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _check_request(source: TensorSource, spec: ModelSpec, config: ExtendConfig) -> None:
+    if source.config.get("quantization_config"):
+        raise UserError(f"{source.name} is quantized; extend the 16-bit checkpoint that it was made from")
+    if config.plan and not config.data:
+        raise UserError("training steps are asked for but no data is given; name text files or folders as data")
+    for stage in config.plan:
+        if stage.seq_len > config.context:
+            raise UserError(
+                f"seq_len is {stage.seq_len}, more than the context of {config.context}; "
+                "train at most at the context's own length"
+            )
+
+
+class _Stretched:
+    """The source with another config.json, hashing the tensors as they are read, so that they are read once."""
+
+    def __init__(self, source: TensorSource, config: dict[str, Any]):
+        self.name, self.config, self.files = source.name, config, source.files
+        self._source = source
+        self._digest = hashlib.sha256()
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        return self._source.info(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor = self._source.tensor(name)
+        self._digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        self._digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return tensor
+
+    def sha256(self) -> str:
+        """Over the tensors read so far: in the model's order, once `load_decoder` is through."""
+        return self._digest.hexdigest()
+
+
+def _provenance(src: str, digest: str, config: ExtendConfig) -> dict[str, Any]:
+    return {
+        "stage": "extend",
+        "source": src,
+        "source_tensors_sha256": digest,
+        "config": {**config.model_dump(mode="json"), "method": config.resolved_method},
+        "versions": {name: version(name) for name in ("lcconvert", "torch", "accelerate")},
+    }
+
+
+def _write(folder: Path, decoder: Decoder, config: dict[str, Any], files: Mapping[str, bytes]) -> None:
+    writer = ShardWriter(folder)
+    for name, tensor in decoder.state_dict().items():
+        writer.add(name, tensor)
+    writer.close()
+    write_files(folder, config, files)
+
+
+def _verify(folder: Path, decoder: Decoder, rope: RopeSpec, context: int) -> None:
+    """Raises CheckFailed unless the folder on disk is the model in memory."""
+    tensors = decoder.state_dict()
+    written = verify_folder(folder, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    for name, tensor in tensors.items():
+        if not torch.equal(written.tensor(name), tensor.cpu()):
+            raise CheckFailed(
+                f"tensor {name} of {folder} differs from the one in memory; the write went wrong, repeat it"
+            )
+    _verify_positions(written, rope, context)
+    again = load_decoder(written, device=decoder.head_weight.device, dtype=decoder.head_weight.dtype)
+    if not torch.equal(_far_logits(again, context), _far_logits(decoder, context)):
+        raise CheckFailed(f"{folder} gives other logits at position {context - 1} than the model in memory; repeat it")
+
+
+def _verify_positions(written: FolderSource, rope: RopeSpec, context: int) -> None:
+    spec = ModelSpec.from_config(written.config)
+    positions = torch.tensor([0, 1, context // 2, context - 1])
+    tables = (cos_sin(each, spec.head_dim, positions) for each in (spec.rope, rope))
+    if spec.max_position != context or not all(torch.equal(a, b) for a, b in zip(*tables)):
+        raise CheckFailed(f"{written.name}/config.json does not read back as the RoPE that was asked for; repeat it")
+
+
+@torch.no_grad()
+def _far_logits(decoder: Decoder, context: int) -> torch.Tensor:
+    """Logits [V] after sixteen tokens, eight at the start and eight at the end of the context."""
+    device = decoder.head_weight.device
+    ids = torch.arange(16, device=device)[None] * 7919 % decoder.spec.vocab_size
+    positions = torch.cat((torch.arange(8), torch.arange(context - 8, context)))[None].to(device)
+    return decoder.logits(decoder(ids, positions)[0, -1])

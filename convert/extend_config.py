@@ -1,0 +1,91 @@
+"""The settings of `extend`, complete by themselves: what a recipe holds and what the command line fills in.
+
+Kept apart from the work so that `--help` and recipe checking do not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.units import parse_count
+
+Method = Literal["linear", "ntk", "theta", "yarn", "longrope", "llama3"]
+METHODS: tuple[str, ...] = get_args(Method)
+Tokens = Annotated[int, BeforeValidator(lambda value: parse_count(value, "token count")), Field(ge=1)]
+
+
+class Stage(BaseModel):
+    """One stretch of training at one real length. Tokens per optimizer step: seq_len * batch_size * accumulate.
+
+    lr: peak AdamW rate; it rises over `warmup` steps and falls to a tenth of itself by the stage's end (cosine).
+    pose_chunks: most chunks a window is cut into to reach the context; 1 trains the real length only.
+    contiguous_share: windows left uncut, so that short prompts stay as good as they were.
+    retrieval_share: windows that are synthetic retrieval with loss on the answers; the others are plain text.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(ge=1)
+    seq_len: Annotated[Tokens, Field(ge=256)] = 4096
+    batch_size: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    warmup: int = Field(0, ge=0)
+    pose_chunks: int = Field(8, ge=1, le=16)
+    contiguous_share: float = Field(0.3, ge=0.3, le=1.0)
+    retrieval_share: float = Field(0.5, ge=0.0, le=1.0)
+
+    @property
+    def rows(self) -> int:
+        return self.steps * self.accumulate * self.batch_size
+
+
+class ExtendConfig(Stage):
+    """`context` is the target in tokens ("1M"). Either the flat stage fields describe one stage, or `stages` several.
+
+    method None: yarn without training, theta with it. factors: longrope's slow-down per rotary pair.
+    data: text files, folders, .jsonl with a "text" field, .parquet with a "text" column, any of them as .gz, or
+    `module:NAME` for the source text of an installed Python module.
+    dtype: what the forward pass computes in; the weights trained are float32, the weights written bfloat16.
+    """
+
+    context: Tokens
+    method: Method | None = None
+    factors: tuple[float, ...] | None = None
+    data: tuple[str, ...] = ()
+    steps: int = Field(0, ge=0)
+    stages: tuple[Stage, ...] = ()
+    seed: int = Field(0, ge=0)
+    save_every: int = Field(50, ge=0, description="steps between checkpoints; 0 saves only when stopped")
+    weight_decay: float = Field(0.1, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = True
+    device: str | None = None
+    dtype: Annotated[str | None, Field(pattern="^(float32|bfloat16)$")] = None
+
+    @property
+    def plan(self) -> tuple[Stage, ...]:
+        """The stages to train, in order; empty when only the positions change."""
+        if self.stages and self.steps:
+            raise UserError(f"both steps ({self.steps}) and stages ({len(self.stages)}) are given; keep one of the two")
+        if self.stages or not self.steps:
+            return self.stages
+        return (Stage(**{name: getattr(self, name) for name in Stage.model_fields}),)
+
+    @property
+    def resolved_method(self) -> Method:
+        return self.method or ("theta" if self.plan else "yarn")
+
+    def training_identity(self) -> dict[str, Any]:
+        """Everything a half-finished training depends on; a resumed run must agree in all of it."""
+        fixed = self.model_dump(
+            mode="json", exclude={"save_every", "device", "gradient_checkpointing", "stages", "steps"}
+        )
+        return {
+            **fixed,
+            "method": self.resolved_method,
+            "stages": [stage.model_dump(mode="json") for stage in self.plan],
+        }

@@ -1,0 +1,205 @@
+"""Synthetic retrieval: facts planted in ordinary text, asked at the end, with loss on the answers only.
+
+Plain text rewards a long context so weakly that minutes of training teach nothing about it; a few hundred such windows
+do. Five families, after RULER (arXiv 2404.06654): one fact; one of many; all values of one key; several keys in one
+question; and names that take their value over from each other.
+
+Surprising rule: nothing here may resemble the validator. Keys come from the training half of `words`, wording and
+topics are this file's own, and the surrounding text is the user's training data, never the validator's haystack.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lcconvert.convert.corpus import Corpus
+from lcconvert.convert.words import key_names
+from lcconvert.runtime.tokenizer import Tokenizer
+
+_TOKENS_PER_FACT = 384  # one planted fact for so many tokens of window
+_MOST_FACTS = 64
+_MOST_QUESTIONS = 24
+
+# topic, fact, question for one key, question for several keys, question for all values, answer
+_TOPICS = (
+    (
+        "The clerk filed the {key} under reference {value}.",
+        "Under which reference did the clerk file the {key}?",
+        "Under which references did the clerk file the {keys}, in this order?",
+        "Under which references did the clerk file the {key}? Name them all.",
+        "{key}: {value}",
+    ),
+    (
+        "Dial {value} to reach the keeper of the {key}.",
+        "What do you dial to reach the keeper of the {key}?",
+        "What do you dial to reach the keepers of the {keys}, in this order?",
+        "The keeper of the {key} has more than one extension. Which ones?",
+        "Dial {value}",
+    ),
+    (
+        "Shelf {value} is where the {key} belongs.",
+        "On which shelf does the {key} belong?",
+        "On which shelves do the {keys} belong, in this order?",
+        "Name every shelf where the {key} belongs.",
+        "Shelf {value}",
+    ),
+    (
+        "In the register, {key} is entered with the mark {value}.",
+        "Which mark is entered for {key} in the register?",
+        "Which marks are entered in the register for {keys}, in this order?",
+        "All marks entered for {key} in the register, please.",
+        "{value}",
+    ),
+    (
+        "A parcel for the {key} travels with label {value}.",
+        "Which label does the parcel for the {key} travel with?",
+        "Which labels do the parcels for the {keys} travel with, in this order?",
+        "Which labels do the parcels for the {key} travel with? Give each one.",
+        "The label is {value}",
+    ),
+)
+_CHAIN = (
+    ("Jar {name} was filled with {value} beads.", "Jar {name} was then given as many beads as jar {other}."),
+    ("Team {name} finished with {value} points.", "Team {name} finished level with team {other}."),
+)
+_CHAIN_QUESTION = ("Which jars hold {value} beads?", "Which teams have {value} points?")
+_FAMILIES = {"one fact": 2, "one of many": 4, "all values": 2, "several keys": 2, "chain": 2}  # name: relative weight
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """Facts to plant, in order, and the (question, answer) turns that follow the text."""
+
+    facts: tuple[str, ...]
+    turns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """ids [T]; answers: whether ids[t] is part of an answer [T]; borders: starts of text pieces, facts, questions."""
+
+    ids: list[int]
+    answers: list[bool]
+    borders: list[int]
+
+
+def make_puzzle(facts: int, rng: random.Random) -> Puzzle:
+    """A puzzle of a random family with about `facts` facts (>= 1)."""
+    (family,) = rng.choices(list(_FAMILIES), weights=list(_FAMILIES.values()))
+    if family == "chain" and facts >= 2:
+        return _chain(facts, rng)
+    topic = rng.choice(_TOPICS)
+    fact, ask_one, ask_many, ask_all, answer = topic
+    if family == "one fact":
+        facts = 1
+    repeats = rng.randint(2, 4) if family == "all values" and facts >= 2 else 1
+    keys = rng.sample(key_names("train"), max(1, facts // repeats))
+    values = {key: [_number(rng) for _ in range(repeats)] for key in keys}
+    planted = [(key, value) for key in keys for value in values[key]]
+    rng.shuffle(planted)
+    values = {key: [value for other, value in planted if other == key] for key in keys}  # in the text's order
+    asked = rng.sample(keys, min(len(keys), _MOST_QUESTIONS))
+    turns = []
+    if family == "several keys":
+        while asked:
+            size = rng.randint(2, 4)
+            group, asked = asked[:size], asked[size:]
+            question = ask_many if len(group) > 1 else ask_one
+            named = {"keys": _join(group), "key": group[0]}
+            turns.append((question.format(**named), ", ".join(values[key][0] for key in group) + "."))
+    else:
+        question = ask_all if repeats > 1 else ask_one
+        for key in asked:
+            turns.append((question.format(key=key), answer.format(key=key, value=", ".join(values[key])) + "."))
+    return Puzzle(tuple(fact.format(key=key, value=value) for key, value in planted), tuple(turns))
+
+
+def _chain(facts: int, rng: random.Random) -> Puzzle:
+    kind = rng.randrange(len(_CHAIN))
+    first, follow = _CHAIN[kind]
+    chains = max(1, facts // 4)
+    names = rng.sample(key_names("train"), facts)
+    stories = [names[i::chains] for i in range(chains)]
+    values = [_number(rng) for _ in stories]
+    planted = []
+    for story, value in zip(stories, values):
+        lines = [first.format(name=story[0], value=value)]
+        lines += [follow.format(name=name, other=other) for other, name in pairwise(story)]
+        planted += [(i, line) for i, line in enumerate(lines)]
+    turns = [(_CHAIN_QUESTION[kind].format(value=value), _join(story) + ".") for story, value in zip(stories, values)]
+    rng.shuffle(turns)
+    # stable sort: a link never comes before the one it refers to
+    return Puzzle(tuple(line for _, line in sorted(planted, key=lambda item: item[0])), tuple(turns[:_MOST_QUESTIONS]))
+
+
+def _number(rng: random.Random) -> str:
+    digits = rng.randint(4, 8)
+    return str(rng.randint(10 ** (digits - 1), 10**digits - 1))
+
+
+def _join(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def retrieval_sample(tokenizer: Tokenizer, corpus: Corpus, *, start: int, length: int, rng: random.Random) -> Sample:
+    """Exactly `length` tokens: corpus text from offset `start` with planted facts, then questions and their answers.
+
+    Uses the chat template when the tokenizer has one. The number of facts follows the length and shrinks to fit.
+    """
+    facts = rng.randint(2, max(2, min(_MOST_FACTS, length // _TOKENS_PER_FACT)))
+    while True:
+        puzzle = make_puzzle(facts, rng)
+        head, tail = _frame(tokenizer, puzzle)
+        planted = [tokenizer.encode(rng.choice(("{}\n\n", "{}\n", " {} ")).format(fact)) for fact in puzzle.facts]
+        room = length - len(head) - sum(map(len, planted)) - sum(len(ids) for ids, _ in tail)
+        if room > length // 4:
+            break
+        assert facts > 1, f"{length} tokens cannot hold one fact and its question"
+        facts //= 2
+    text, cuts = corpus.window(start, room)
+    cuts = cuts or [0]
+    places = sorted(rng.sample(cuts, len(planted)) if len(planted) <= len(cuts) else rng.choices(cuts, k=len(planted)))
+    ids, answers, borders = list(head), [False] * len(head), []
+    done = 0
+    for place, fact in [*zip(places, planted), (room, [])]:
+        borders += [len(ids) + cut - done for cut in cuts if done <= cut < place]
+        ids += text[done:place]
+        done = place
+        borders.append(len(ids))
+        ids += fact
+    answers += [False] * (len(ids) - len(answers))
+    for turn, is_answer in tail:
+        if not is_answer:
+            borders.append(len(ids))
+        ids += turn
+        answers += [is_answer] * len(turn)
+    return Sample(ids, answers, sorted({border for border in borders if border < length}))
+
+
+def _frame(tokenizer: Tokenizer, puzzle: Puzzle) -> tuple[list[int], list[tuple[list[int], bool]]]:
+    """Tokens before the text, and after it alternating question parts (False) and answers (True).
+
+    The token that ends a turn counts as the end of the answer: the model must learn to stop.
+    """
+    if not tokenizer.has_chat_template:
+        turns = [(tokenizer.encode(f"\n\nQuestion: {q}\nAnswer:"), tokenizer.encode(f" {a}")) for q, a in puzzle.turns]
+        return [], [(ids, i == 1) for turn in turns for i, ids in enumerate(turn)]
+    slots = [f"<<slot{i}>>" for i in range(1 + len(puzzle.turns))]  # where the text and the answers go
+    messages: list[dict[str, str]] = []
+    for i, (question, _) in enumerate(puzzle.turns):
+        asked = f"{slots[0]}\n\n{question}" if i == 0 else question
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": slots[i + 1]}]
+    rendered = tokenizer.chat(messages, add_generation_prompt=False)
+    head, rendered = rendered.split(slots[0], 1)
+    tail: list[tuple[list[int], bool]] = []
+    for slot, (_, answer) in zip(slots[1:], puzzle.turns):
+        before, rendered = rendered.split(slot, 1)
+        ids = tokenizer.encode(before)
+        if tail:
+            tail[-1][0].append(ids.pop(0))
+        tail += [(ids, False), (tokenizer.encode(answer), True)]
+    tail[-1][0].extend(tokenizer.encode(rendered)[:1])
+    return tokenizer.encode(head), tail

@@ -1,0 +1,67 @@
+"""What each training row holds: the mixture of plain text and retrieval, of stretched and contiguous positions.
+
+Row i of a run is a pure function of (config, corpus, i), so a resumed run needs no saved data position beyond its step
+and a row is the same on one GPU or many. Shares are exact in every block of ten rows, because a demo trains on a dozen.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.utils.data import Dataset
+
+from lcconvert.convert.corpus import Corpus
+from lcconvert.convert.extend_config import Stage
+from lcconvert.convert.pose import pose_positions
+from lcconvert.convert.retrieval import retrieval_sample
+from lcconvert.runtime.tokenizer import Tokenizer
+
+_BLOCK = 10
+
+Row = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StageRows(Dataset[Row]):
+    """The rows of one stage. A row is ids, positions, weights, each [T]; weights fp32 sum to 1 over the tokens whose
+    prediction counts (weights[t] belongs to predicting ids[t], weights[0] is 0), so that a row with three answer
+    tokens teaches as much as a row of plain text.
+    """
+
+    stage: Stage
+    corpus: Corpus
+    tokenizer: Tokenizer
+    context: int
+    seed: int
+    first_row: int  # rows of the stages before
+    first_token: int  # tokens of the stages before
+
+    def __len__(self) -> int:
+        return self.stage.rows
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        stage, row = self.stage, self.first_row + index
+        rng = random.Random(f"row/{self.seed}/{row}")
+        start = self.first_token + index * stage.seq_len
+        if self._chosen(row, "retrieval", stage.retrieval_share):
+            sample = retrieval_sample(self.tokenizer, self.corpus, start=start, length=stage.seq_len, rng=rng)
+            ids, borders, counted = sample.ids, sample.borders, torch.tensor(sample.answers, dtype=torch.float32)
+        else:
+            ids, borders = self.corpus.window(start, stage.seq_len)
+            counted = torch.ones(stage.seq_len)
+        counted[0] = 0.0
+        chunks = 1 if self._chosen(row, "contiguous", stage.contiguous_share) else stage.pose_chunks
+        positions = pose_positions(stage.seq_len, borders, self.context, chunks, rng)
+        return {"ids": torch.tensor(ids), "positions": positions, "weights": counted / counted.sum()}
+
+    def _chosen(self, row: int, what: Literal["retrieval", "contiguous"], share: float) -> bool:
+        """Whether `row` is among the chosen of its block: `share` of ten rows rounded up, at random places."""
+        block, place = divmod(row, _BLOCK)
+        order = random.Random(f"{what}/{self.seed}/{block}").sample(range(_BLOCK), _BLOCK)
+        return order[place] < math.ceil(share * _BLOCK - 1e-9)

@@ -1,0 +1,228 @@
+"""Fine-tunes the decoder on the planned stages, through accelerate, and can be stopped and resumed at any step.
+
+A checkpoint holds weights, optimizer, random states and the step; rows and learning rates are functions of the step, so
+a run that was killed and resumed draws the same loss curve, number for number, as one that was not. Several processes
+are left out: this trains on one device.
+
+Surprising rule: the loss is averaged over rows, not tokens. A retrieval row has a dozen answer tokens and a text row
+thousands; by tokens the answers would not count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lcconvert.convert.corpus import Corpus
+from lcconvert.convert.extend_config import ExtendConfig, Stage
+from lcconvert.convert.loss import weighted_cross_entropy
+from lcconvert.convert.progress import progress
+from lcconvert.convert.rows import StageRows
+from lcconvert.convert.training_log import TrainingLog
+from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
+from lcconvert.runtime.model import Decoder
+from lcconvert.runtime.tokenizer import Tokenizer
+
+STATE = "training_state"  # in the work folder; gone from the finished artifact
+HOW_TO_RESUME = "repeat the same command to go on from there"
+_NEWER, _OLDER, _MARK = f"{STATE}.new", f"{STATE}.old", "progress.json"
+
+
+class LossModule(nn.Module):
+    """The training step as one module, so that accelerate sees every use of the weights inside one forward."""
+
+    def __init__(self, decoder: Decoder, checkpoint_layers: bool):
+        super().__init__()
+        self.decoder = decoder
+        self.checkpoint_layers = checkpoint_layers
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """ids and positions int64 [B, T], weights fp32 [B, T] over the tokens to predict -> mean loss of the rows."""
+        hidden = self.decoder(ids, positions, checkpoint_layers=self.checkpoint_layers)[:, :-1]  # [B, T-1, H]
+        targets, counted = ids[:, 1:], weights[:, 1:] / len(ids)
+        return weighted_cross_entropy(
+            hidden.flatten(0, 1), self.decoder.head_weight, targets.flatten(), counted.flatten()
+        )
+
+
+def train(
+    decoder: Decoder, corpus: Corpus, tokenizer: Tokenizer, config: ExtendConfig, folder: Path, source: str
+) -> dict[str, Any]:
+    """Trains `decoder` (float32, on its device) in place; log and plot go to `folder`/training, checkpoints beside it.
+
+    Resumes from a checkpoint in `folder` made with the same settings, data and `source` (a digest of the weights that
+    training started from); UserError names the first setting that differs. CheckFailed when the loss stops being
+    finite, Interrupted after Ctrl-C, both with the last checkpoint kept. Returns what provenance records.
+    """
+    device = decoder.head_weight.device
+    mixed = "bf16" if (config.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16" else "no"
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+    if accelerator.num_processes > 1:
+        raise UserError(f"extend was started in {accelerator.num_processes} processes; start it without a launcher")
+    identity = json.loads(json.dumps({**config.training_identity(), "data": corpus.sha256, "source": source}))
+    optimizer = torch.optim.AdamW(_weight_groups(decoder, config.weight_decay), betas=(0.9, 0.95))
+    decoder.train()
+    model, optimizer = accelerator.prepare(LossModule(decoder, config.gradient_checkpointing), optimizer)
+    done = _resume(accelerator, folder, identity)
+    log = TrainingLog(folder / "training", done)
+    total = sum(stage.steps for stage in config.plan)
+    step = first_step = first_row = first_token = 0
+
+    with _stop_at_border() as stop, progress("training", total, "steps") as bar:
+        bar.advance(done)
+        for number, stage in enumerate(config.plan):
+            rows = StageRows(stage, corpus, tokenizer, config.context, config.seed, first_row, first_token)
+            step = max(done, first_step)
+            skipped = min(step - first_step, stage.steps) * stage.accumulate
+            accelerator.gradient_accumulation_steps = stage.accumulate
+            loader = accelerator.prepare(DataLoader(rows, batch_size=stage.batch_size))
+            losses: list[float] = []
+            began = time.monotonic()
+            for batch in accelerator.skip_first_batches(loader, skipped) if skipped < len(loader) else ():
+                with accelerator.accumulate(model):
+                    loss = model(batch["ids"], batch["positions"], batch["weights"])
+                    losses.append(loss.item())
+                    if not math.isfinite(losses[-1]):
+                        raise CheckFailed(_not_finite(step + 1, folder))
+                    accelerator.backward(loss)
+                    if not accelerator.sync_gradients:
+                        continue
+                    lr = learning_rate(stage, step - first_step)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                    norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm).item()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                step += 1
+                log.add(
+                    step=step,
+                    stage=number,
+                    loss=sum(losses) / len(losses),
+                    lr=lr,
+                    grad_norm=norm,
+                    tokens=first_token + (step - first_step) * stage.accumulate * stage.batch_size * stage.seq_len,
+                    seconds=round(time.monotonic() - began, 3),
+                )
+                bar.note(f"loss {log.rows[-1]['loss']:.3f}")
+                bar.advance()
+                losses, began = [], time.monotonic()
+                if stop.is_set() or (config.save_every and step % config.save_every == 0 and step < total):
+                    _save(accelerator, folder, step, identity)
+                if stop.is_set():
+                    raise Interrupted(f"stopped after step {step} of {total}, saved in {folder}; {HOW_TO_RESUME}")
+            first_step += stage.steps
+            first_row += stage.rows
+            first_token += stage.rows * stage.seq_len
+    log.plot()
+    accelerator.free_memory()
+    decoder.eval()
+    last = [row["loss"] for row in log.rows[-10:]]
+    return {
+        "steps": total,
+        "tokens": first_token,
+        "loss_of_last_steps": sum(last) / len(last),
+        "seconds": round(sum(row["seconds"] for row in log.rows), 1),
+        "data_sha256": corpus.sha256,
+    }
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Rate of the stage's step (from 0): linear warm-up, then a cosine from `lr` to a tenth of it at the last step."""
+    if step < stage.warmup:
+        return stage.lr * (step + 1) / (stage.warmup + 1)
+    through = (step - stage.warmup) / max(1, stage.steps - stage.warmup - 1)
+    return stage.lr * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, through))))
+
+
+def _weight_groups(decoder: Decoder, decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices only; norms and biases are left alone."""
+    matrices = [p for p in decoder.parameters() if p.ndim > 1]
+    vectors = [p for p in decoder.parameters() if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _save(accelerator: Accelerator, folder: Path, step: int, identity: dict[str, Any]) -> None:
+    """A checkpoint is complete when its mark is there, and the one before it stays until then."""
+    state, newer, older = folder / STATE, folder / _NEWER, folder / _OLDER
+    shutil.rmtree(newer, ignore_errors=True)
+    shutil.rmtree(older, ignore_errors=True)
+    accelerator.save_state(str(newer))
+    (newer / _MARK).write_text(json.dumps({"step": step, "identity": identity}))
+    if state.exists():
+        state.rename(older)
+    newer.rename(state)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def saved_step(folder: Path) -> int:
+    """The step of the newest complete checkpoint in `folder`, 0 when there is none."""
+    state = _newest(folder)
+    return int(json.loads((state / _MARK).read_text())["step"]) if state else 0
+
+
+def remove_state(folder: Path) -> None:
+    for name in (STATE, _NEWER, _OLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _newest(folder: Path) -> Path | None:
+    states = (folder / name for name in (STATE, _NEWER, _OLDER))
+    return next((state for state in states if (state / _MARK).is_file()), None)
+
+
+def _resume(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -> int:
+    state = _newest(folder)
+    if state is None:
+        return 0
+    saved = json.loads((state / _MARK).read_text())
+    for key, now in identity.items():
+        if (then := saved["identity"].get(key)) != now:
+            raise UserError(
+                f"{folder} holds a training with another {key} ({then!r}, now {now!r}); "
+                "repeat the command that it was started with, or remove that folder to start again"
+            )
+    accelerator.load_state(str(state))
+    return int(saved["step"])
+
+
+def _not_finite(step: int, folder: Path) -> str:
+    kept = saved_step(folder)
+    left = (
+        f"the checkpoint of step {kept} is kept in {folder / STATE}" if kept else "no checkpoint had been written yet"
+    )
+    return f"the loss at step {step} is not finite; {left}; start again with a lower learning rate"
+
+
+@contextmanager
+def _stop_at_border() -> Iterator[threading.Event]:
+    """Sets the event on the first Ctrl-C or SIGTERM, so that the step at hand is finished; a second one interrupts."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(signum: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
