@@ -1,0 +1,124 @@
+"""Weights in 4 bits: packing, and the matrix-vector product that decode spends its weight time in.
+
+Layout is compressed-tensors' pack-quantized: a weight is [N, K] (out, in), element i of a row sits at bit 4*(i%8) of
+int32 word i//8, stored as q+8 with q in [-8, 7], and one scale covers `g` neighbours of a row. Symmetric only. There is
+no large-M kernel: prefill expands a layer once with `dequantize_int4` and uses the ordinary matrix product.
+
+The surprise: for float32 activations on a CPU, PyTorch's own int4 product is slower than dequantizing (no vector code),
+and for bfloat16 it is ten times faster than anything exact. So float32 takes the exact grouped product below, and a
+caller who accepts bfloat16 rounding repacks once with `prepare_int4_cpu`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+SMALL_M = 16  # rows up to which the fused product is used; above it the weight is expanded
+
+
+def pack_int4(q: torch.Tensor) -> torch.Tensor:
+    """Pack int8 [N, K] in [-8, 7] into int32 [N, K/8].
+
+    Raises ValueError when K is not a multiple of 8 or a value does not fit.
+    """
+    n, k = q.shape
+    if k % 8:
+        raise ValueError(f"a row has {k} values; int4 packing needs a multiple of 8")
+    if q.numel() and (int(q.min()) < -8 or int(q.max()) > 7):
+        raise ValueError(f"values span [{int(q.min())}, {int(q.max())}]; int4 holds [-8, 7]")
+    nibbles = (q + 8).to(torch.uint8).view(n, k // 2, 2)
+    return (nibbles[..., 0] | (nibbles[..., 1] << 4)).contiguous().view(torch.int32)  # little-endian words
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """int32 [N, K/8] -> int8 [N, K], each q in [-8, 7]."""
+    pairs = packed.contiguous().view(torch.uint8).to(torch.int16)  # [N, K/2], 0x00HL
+    pairs |= pairs << 4
+    pairs &= 0x0F0F  # 0x0H0L: low nibble first in memory
+    return pairs.view(torch.int8).sub_(8)
+
+
+def unpack_int4(packed: torch.Tensor, k: int) -> torch.Tensor:
+    """Unpack int32 [N, K/8] to int8 [N, k]."""
+    assert packed.dtype == torch.int32
+    assert packed.ndim == 2
+    return _nibbles(packed)[:, :k]
+
+
+def dequantize_int4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Expand packed int32 [N, K/8] with scale [N, K/g] to [N, K] of `dtype` (product in float32, rounded once)."""
+    n, groups = _check_weight(packed, scale)
+    q = _nibbles(packed).view(n, groups, -1)
+    return torch.mul(q, scale.float()[..., None]).view(n, -1).to(dtype)
+
+
+def _check_weight(packed: torch.Tensor, scale: torch.Tensor) -> tuple[int, int]:
+    assert packed.dtype == torch.int32
+    assert packed.ndim == 2
+    assert packed.is_contiguous()
+    assert scale.is_floating_point()
+    assert scale.ndim == 2
+    assert scale.shape[0] == packed.shape[0]
+    k, groups = packed.shape[1] * 8, scale.shape[1]
+    assert k % groups == 0 and (k // groups) % 8 == 0, f"{groups} groups do not divide {k} inputs into eights"
+    return packed.shape[0], groups
+
+
+def int4_matmul(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x [M, K] times the transpose of an int4 weight: packed int32 [N, K/8], scale [N, K/g] -> [M, N] of x's dtype.
+
+    M <= 16 reads the weight in 4 bits; larger M expands it first. Sums are float32.
+    """
+    _check_weight(packed, scale)
+    assert x.ndim == 2 and x.shape[1] == packed.shape[1] * 8, f"x {tuple(x.shape)} does not fit K={packed.shape[1] * 8}"
+    if x.shape[0] > SMALL_M:
+        return x @ dequantize_int4(packed, scale, x.dtype).T
+    return int4_matmul_torch(x, packed, scale)
+
+
+def int4_matmul_torch(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The reference of the small-M product: float32 throughout, rounded to x's dtype at the end."""
+    if x.shape[0] != 1:
+        return (x.float() @ dequantize_int4(packed, scale, torch.float32).T).to(x.dtype)
+    # One row: scale 1/g as many numbers. The nibbles stay unscaled, x multiplies them, and each group's sum is scaled.
+    n, groups = scale.shape
+    pairs = packed.view(torch.uint8)  # [N, K/2]: byte j is inputs 2j (low) and 2j+1 (high)
+    even, odd = x.float().view(groups, -1, 2).unbind(-1)  # [G, g/2] each
+    base = -8.0 * (even.sum(1) + odd.sum(1))  # [G]: codes are q+8
+    out = torch.empty(n, dtype=torch.float32, device=x.device)
+    step = max(64, 2**17 // x.shape[1])  # rows whose expanded codes stay in the L2 cache
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        terms = (pairs[rows] & 15).float().view(-1, *even.shape).mul_(even)  # [rows, G, g/2]
+        terms.addcmul_((pairs[rows] >> 4).float().view_as(terms), odd)
+        torch.sum((terms.sum(2) + base) * scale[rows].float(), dim=1, out=out[rows])
+    return out[None].to(x.dtype)
+
+
+class PreparedInt4(NamedTuple):
+    """An int4 weight in the order of PyTorch's bfloat16 CPU kernel. Still 4 bits a weight."""
+
+    weight: torch.Tensor  # uint8 [N, K/2]
+    scale_zero: torch.Tensor  # bfloat16 [K/g, N, 2]
+    group: int
+
+
+def prepare_int4_cpu(packed: torch.Tensor, scale: torch.Tensor) -> PreparedInt4 | None:
+    """Repack for `int4_matmul_prepared`; None where it does not take the shape (g must be 32 to 256, N a multiple of 16)."""
+    n, groups = _check_weight(packed, scale)
+    group = packed.shape[1] * 8 // groups
+    if group not in (32, 64, 128, 256) or n % 16 or packed.device.type != "cpu":
+        return None
+    codes = (_nibbles(packed) + 8).to(torch.int32)
+    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scale_zero = torch.stack((scale.float(), torch.zeros_like(scale, dtype=torch.float32)), dim=-1)
+    return PreparedInt4(weight, scale_zero.transpose(0, 1).contiguous().to(torch.bfloat16), group)
+
+
+def int4_matmul_prepared(x: torch.Tensor, prepared: PreparedInt4) -> torch.Tensor:
+    """x [M, K] times a prepared weight -> [M, N] of x's dtype, with x, scales and result rounded to bfloat16 (0.3%)."""
+    weight, scale_zero, group = prepared
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), weight, group, scale_zero).to(x.dtype)

@@ -1,0 +1,166 @@
+"""KV cache pages: how 128 tokens of one layer's keys or values are stored, in 16, 8 or 4 bits.
+
+Keys get a scale and zero point per channel over the page, because rotary channels carry large, slowly varying offsets
+that per-token scales cannot absorb; values get one pair per token. Codes are split-half packed: byte j of a row is
+channel j (low nibble) and channel j + D/2 (high), so a kernel needs no interleave. Nothing goes under 4 bits.
+
+The surprise: codes are made against the scale and zero point after they are rounded to float16, so what is stored decodes
+consistently; a channel's minimum is `zero` and its maximum `zero + 15 * scale`, which page selection may use as bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lcconvert.kernels.fp8 import E4M3_MAX, expand_e4m3
+
+PAGE = 128  # tokens
+Kind = Literal["plain", "fp8", "int4_channel", "int4_token"]
+_CHUNK = 2**25  # elements quantized at once: bounds the float32 temporaries to a few hundred MB
+
+
+@dataclass(frozen=True)
+class PageTensors:
+    """A pool of P pages of one layer's keys or values, for the decode kernel to index."""
+
+    kind: Kind
+    data: torch.Tensor  # [P, Hkv, 128, D] ("plain": 16/32-bit, "fp8": e4m3) or uint8 [P, Hkv, 128, D/2]
+    scale: torch.Tensor | None = (
+        None  # fp8: float32 [Hkv]; int4_channel: fp16 [P, Hkv, D]; int4_token: fp16 [P, Hkv, 128]
+    )
+    zero: torch.Tensor | None = None  # like scale, int4 only
+
+    @property
+    def head_dim(self) -> int:
+        return self.data.shape[3] * (2 if self.kind.startswith("int4") else 1)
+
+    def check(self) -> None:
+        """Assert the layout every kernel relies on."""
+        pages, heads, tokens, _ = self.data.shape
+        assert tokens == PAGE
+        assert self.data.is_contiguous()
+        assert self.data.dtype == {"plain": self.data.dtype, "fp8": torch.float8_e4m3fn}.get(self.kind, torch.uint8)
+        if self.kind == "plain":
+            assert self.scale is None
+            assert self.zero is None
+            return
+        shape = {"fp8": (heads,), "int4_channel": (pages, heads, self.head_dim), "int4_token": (pages, heads, PAGE)}
+        for extra, wanted in ((self.scale, True), (self.zero, self.kind != "fp8")):
+            assert (extra is not None) == wanted, f"{self.kind} pages: scale or zero missing or unexpected"
+            if extra is not None:
+                assert extra.shape == shape[self.kind] and extra.is_contiguous(), (
+                    f"{tuple(extra.shape)} for {self.kind}"
+                )
+                assert extra.dtype == (torch.float32 if self.kind == "fp8" else torch.float16)
+
+
+def _affine4(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [P, Hkv, 128, D] -> codes uint8 [P, Hkv, 128, D/2], scale and zero fp16, reduced over `dim`."""
+    x = x.float()
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    scale, zero = ((high - low) / 15.0).half(), low.half()
+    step = scale.float()
+    step = torch.where(step > 0, step, torch.ones_like(step))
+    codes = (x - zero.float()).div_(step).add_(0.5).floor_().clamp_(0, 15).to(torch.uint8)
+    half = x.shape[-1] // 2
+    return codes[..., :half] | (codes[..., half:] << 4), scale.squeeze(dim), zero.squeeze(dim)
+
+
+def _quantize_int4(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    pages, tokens, heads, d = _page_shape(x)
+    assert d % 2 == 0
+    small = heads * (d if dim == 2 else tokens)
+    codes = torch.empty((pages, heads, tokens, d // 2), dtype=torch.uint8, device=x.device)
+    scale = torch.empty((pages, heads, small // heads), dtype=torch.float16, device=x.device)
+    zero = torch.empty_like(scale)
+    step = max(1, _CHUNK // (tokens * heads * d))
+    for start in range(0, pages, step):
+        part = slice(start, start + step)
+        codes[part], scale[part], zero[part] = _affine4(x[part].transpose(1, 2), dim)
+    return codes, scale, zero
+
+
+def _page_shape(x: torch.Tensor) -> tuple[int, int, int, int]:
+    assert x.ndim == 4 and x.shape[1] == PAGE, f"pages are [P, {PAGE}, Hkv, D], got {tuple(x.shape)}"
+    pages, tokens, heads, d = x.shape
+    return pages, tokens, heads, d
+
+
+def quantize_k_int4(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k [P, 128, Hkv, D] -> codes uint8 [P, Hkv, 128, D/2], scale fp16 [P, Hkv, D], zero fp16 [P, Hkv, D].
+
+    k ~= code * scale + zero per channel of a page, codes 0..15.
+    """
+    return _quantize_int4(k, 2)
+
+
+def quantize_v_int4(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """v [P, 128, Hkv, D] -> codes uint8 [P, Hkv, 128, D/2], scale fp16 [P, Hkv, 128], zero fp16 [P, Hkv, 128]."""
+    return _quantize_int4(v, 3)
+
+
+def quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x [P, 128, Hkv, D] with scale float32 [Hkv] -> e4m3 [P, Hkv, 128, D] of x / scale, saturating at 448."""
+    pages, tokens, heads, d = _page_shape(x)
+    assert scale.shape == (heads,)
+    assert scale.dtype == torch.float32
+    out = torch.empty((pages, heads, tokens, d), dtype=torch.float8_e4m3fn, device=x.device)
+    step = max(1, _CHUNK // (tokens * heads * d))
+    for start in range(0, pages, step):
+        part = x[start : start + step].transpose(1, 2).float() / scale[:, None, None]
+        out[start : start + step] = part.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return out
+
+
+def store_16(x: torch.Tensor) -> torch.Tensor:
+    """x [P, 128, Hkv, D] -> [P, Hkv, 128, D], same dtype."""
+    _page_shape(x)
+    return x.transpose(1, 2).contiguous()
+
+
+def expand_codes(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., D/2] -> float32 [..., D], values 0..15 in channel order."""
+    out = torch.empty((*codes.shape[:-1], 2 * codes.shape[-1]), dtype=torch.float32, device=codes.device)
+    out[..., : codes.shape[-1]] = codes & 15
+    out[..., codes.shape[-1] :] = codes >> 4
+    return out
+
+
+def dequantize_k_int4(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Inverse of `quantize_k_int4`: -> [P, 128, Hkv, D] of `dtype`."""
+    values = expand_codes(codes).mul_(scale.float()[:, :, None]).add_(zero.float()[:, :, None])
+    return values.to(dtype).transpose(1, 2)
+
+
+def dequantize_v_int4(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Inverse of `quantize_v_int4`: -> [P, 128, Hkv, D] of `dtype`."""
+    values = expand_codes(codes).mul_(scale.float()[..., None]).add_(zero.float()[..., None])
+    return values.to(dtype).transpose(1, 2)
+
+
+def dequantize_fp8(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Inverse of `quantize_fp8`: -> [P, 128, Hkv, D] of `dtype`."""
+    return expand_e4m3(data).mul_(scale[:, None, None]).to(dtype).transpose(1, 2)
+
+
+def dequantize_pages(pages: PageTensors, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The listed pages (int64 [n]) of a pool in token order: [n * 128, Hkv, D] of `dtype`."""
+    data = pages.data.view(torch.uint8)[index].view(pages.data.dtype) if pages.kind == "fp8" else pages.data[index]
+    if pages.kind == "plain":
+        out = data.to(dtype).transpose(1, 2)
+    elif pages.kind == "fp8":
+        assert pages.scale is not None
+        out = dequantize_fp8(data, pages.scale, dtype)
+    else:
+        assert pages.scale is not None
+        assert pages.zero is not None
+        expand = dequantize_k_int4 if pages.kind == "int4_channel" else dequantize_v_int4
+        out = expand(data, pages.scale[index], pages.zero[index], dtype)
+    return out.flatten(0, 1)

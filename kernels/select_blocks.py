@@ -1,0 +1,139 @@
+"""Chooses the key blocks each query tile attends, without training: all queries of a tile against mean-pooled keys.
+
+A block's score is the largest logit any query of the tile has with any of the block's pooled keys (32 tokens each: over
+a whole block a single needle would be diluted by 1/128). Blocks within ln(alpha) of the row's best are kept, plus sinks
+and local blocks, within a floor and a cap. No softmax.
+
+The surprise: the diagonal block has no score, since its pooled keys would hold tokens later than the queries; it is
+always kept instead. Sinks and local blocks are always kept too and count towards floor and cap.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lcconvert.kernels.sparse_prefill import BLOCK, BlockLists
+
+POOL = 32  # tokens averaged into one pooled key
+_SCORES = 2**23  # logits the reference holds at once
+
+
+def pool_keys(k: torch.Tensor) -> torch.Tensor:
+    """k [S, Hkv, D] -> mean of every full run of 32 tokens, [S // 32, Hkv, D] of k's dtype."""
+    full = k.shape[0] // POOL
+    return k[: full * POOL].view(full, POOL, *k.shape[1:]).mean(dim=1, dtype=torch.float32).to(k.dtype)
+
+
+def select_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    q_offset: int,
+    alpha: torch.Tensor,
+    sink_blocks: int,
+    local_blocks: int,
+    dense_from: int,
+    min_blocks: int,
+    max_blocks: int | None,
+    pooled: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> BlockLists:
+    """Block lists for q [T, Hq, D] at absolute positions q_offset.. (a multiple of 128) over k [S, Hkv, D].
+
+    alpha float32 [Hq] in [0, 1]: 0 keeps every block of that head. local_blocks >= 1 counts the diagonal. Tiles that
+    reach position `dense_from` keep everything. `pooled` is `pool_keys(k)`, to share it between calls on one layer.
+    """
+    queries, heads, d = q.shape
+    assert k.shape[2] == d
+    assert heads % k.shape[1] == 0
+    assert k.shape[0] >= q_offset + queries
+    assert q_offset % BLOCK == 0
+    assert local_blocks >= 1
+    assert sink_blocks >= 0
+    assert alpha.shape == (heads,)
+    assert alpha.dtype == torch.float32
+    if pooled is None:
+        pooled = pool_keys(k)
+    assert pooled.shape == (k.shape[0] // POOL, k.shape[1], d)
+    assert pooled.dtype == q.dtype
+    rules = Rules(q_offset, queries, sink_blocks, local_blocks, dense_from, min_blocks, max_blocks)
+    return select_blocks_torch(q, pooled, alpha, rules, d**-0.5 if scale is None else scale)
+
+
+class Rules:
+    """What is kept whatever the scores say."""
+
+    def __init__(
+        self, q_offset: int, queries: int, sink: int, local: int, dense_from: int, floor: int, cap: int | None
+    ) -> None:
+        self.first = q_offset // BLOCK  # block number of the first tile's diagonal
+        self.tiles = -(-queries // BLOCK)
+        self.sink, self.local = sink, local
+        self.floor, self.cap = floor, 2**30 if cap is None else cap
+        # A tile is dense when its last query is at dense_from or later.
+        self.end = q_offset + queries
+        self.dense_from = dense_from
+
+    @property
+    def first_dense_tile(self) -> int:
+        """Tiles from this one on keep every block."""
+        if self.end <= self.dense_from:
+            return self.tiles
+        return max(0, self.dense_from // BLOCK - self.first)
+
+
+def select_blocks_torch(
+    q: torch.Tensor, pooled: torch.Tensor, alpha: torch.Tensor, rules: Rules, scale: float
+) -> BlockLists:
+    """The reference, a few tiles at a time."""
+    heads = q.shape[1]
+    total = rules.first + rules.tiles
+    keep = torch.zeros((heads, rules.tiles, total), dtype=torch.bool, device=q.device)
+    step = max(1, _SCORES // (heads * BLOCK * max(1, total * BLOCK // POOL)))
+    for start in range(0, rules.tiles, step):
+        tiles = range(start, min(start + step, rules.tiles))
+        scores = block_scores_torch(q, pooled, rules, tiles, scale)
+        keep[:, tiles.start : tiles.stop, : scores.shape[2]] = _keep(scores, alpha, rules, tiles)
+    count = keep.sum(-1, dtype=torch.int32)
+    index = torch.zeros((heads, rules.tiles, int(count.max())), dtype=torch.int32, device=q.device)
+    head, tile, block = keep.nonzero(as_tuple=True)
+    index[head, tile, keep.cumsum(-1)[head, tile, block] - 1] = block.int()
+    return BlockLists(index, count)
+
+
+def block_scores_torch(q: torch.Tensor, pooled: torch.Tensor, rules: Rules, tiles: range, scale: float) -> torch.Tensor:
+    """Scores float32 [Hq, tiles, blocks] of blocks before each tile's diagonal, -inf from there on."""
+    queries, heads, d = q.shape
+    kv_heads = pooled.shape[1]
+    blocks = rules.first + tiles.stop
+    earlier = blocks - 1
+    scores = torch.full((heads, len(tiles), blocks), -torch.inf, dtype=torch.float32, device=q.device)
+    if earlier == 0:
+        return scores
+    per_block = BLOCK // POOL
+    rows = q[tiles.start * BLOCK : min(tiles.stop * BLOCK, queries)].transpose(0, 1).float() * scale
+    keys = pooled[: earlier * per_block].permute(1, 2, 0).float()  # [Hkv, D, n]
+    logits = torch.matmul(rows.reshape(kv_heads, -1, d), keys).view(heads, rows.shape[1], -1)  # [Hq, rows, n]
+    for i in range(len(tiles)):
+        best = logits[:, i * BLOCK : (i + 1) * BLOCK].amax(1)  # [Hq, n]
+        before = rules.first + tiles[i]
+        scores[:, i, :before] = best.view(heads, earlier, per_block).amax(2)[:, :before]
+    return scores
+
+
+def _keep(scores: torch.Tensor, alpha: torch.Tensor, rules: Rules, tiles: range) -> torch.Tensor:
+    """Scores [Hq, tiles, blocks] -> bool of the same shape."""
+    block = torch.arange(scores.shape[2], device=scores.device)
+    tile = torch.arange(tiles.start, tiles.stop, device=scores.device)[:, None]
+    diagonal = rules.first + tile
+    causal = block <= diagonal  # [tiles, blocks]
+    forced = causal & ((block < rules.sink) | (block > diagonal - rules.local))
+    threshold = scores.amax(-1) + alpha.log()[:, None]  # [Hq, tiles]
+    ranked = scores.masked_fill(forced, torch.inf)
+    passing = causal & (ranked >= threshold[..., None])
+    wanted = passing.sum(-1).clamp_min(rules.floor).clamp_max(rules.cap)
+    wanted = torch.where(tile[:, 0] >= rules.first_dense_tile, 2**30, torch.maximum(wanted, forced.sum(-1)))
+    # The best `wanted` blocks, the earlier of equals first.
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, block.expand_as(order))
+    return causal & (rank < wanted[..., None])

@@ -1,0 +1,107 @@
+"""Causal attention of many queries over listed 128-key blocks: long-context prefill at a few percent of the dense work.
+
+Each tile of 128 queries of a head has its own ascending list of key blocks, ending with the block on the diagonal. With
+all blocks listed the result is dense attention to rounding. There is no backward pass and no sliding window here.
+
+The surprise: lists are trusted. A block past the diagonal would be attended without a causal mask, so whoever builds a
+list by hand keeps to the rule; `BlockLists.dense` and `select_blocks` do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 128  # queries in a tile, keys in a block
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """Which key blocks each query tile attends."""
+
+    index: torch.Tensor  # int32 [Hq, tiles, max]: ascending block numbers, the diagonal last, then unused
+    count: torch.Tensor  # int32 [Hq, tiles], at least 1
+
+    @staticmethod
+    def dense(heads: int, queries: int, q_offset: int, device: torch.device | str = "cpu") -> BlockLists:
+        """Every causal block, for `queries` rows that start at absolute position q_offset."""
+        tiles, first = -(-queries // BLOCK), q_offset // BLOCK
+        index = torch.arange(first + tiles, dtype=torch.int32, device=device)
+        return BlockLists(
+            index.expand(heads, tiles, -1).contiguous(),
+            (index[first:] + 1).expand(heads, tiles).contiguous(),
+        )
+
+
+def block_sparse_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockLists, q_offset: int, scale: float | None = None
+) -> torch.Tensor:
+    """q [T, Hq, D] at absolute positions q_offset.. over k, v [S, Hkv, D] at 0..S-1 -> [T, Hq, D] of q's dtype.
+
+    q_offset is a multiple of 128 and S >= q_offset + T; neither T nor S need be one. `scale` defaults to 1/sqrt(D).
+    """
+    queries, heads, d = q.shape
+    keys, kv_heads, _ = k.shape
+    assert k.shape == v.shape == (keys, kv_heads, d)
+    assert heads % kv_heads == 0
+    assert q.dtype == k.dtype == v.dtype
+    assert q.stride(2) == k.stride(2) == v.stride(2) == 1
+    assert q_offset % BLOCK == 0
+    assert keys >= q_offset + queries
+    tiles = -(-queries // BLOCK)
+    assert blocks.index.shape[:2] == blocks.count.shape == (heads, tiles), f"lists {tuple(blocks.index.shape)}"
+    assert blocks.index.dtype == blocks.count.dtype == torch.int32
+    return block_sparse_attention_torch(q, k, v, blocks, q_offset, d**-0.5 if scale is None else scale)
+
+
+def block_sparse_attention_torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockLists, q_offset: int, scale: float
+) -> torch.Tensor:
+    """The reference: tile by tile, the listed blocks gathered, one small masked product each. Nothing is [T, S]."""
+    queries, heads, d = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    keys = q_offset + queries
+    last = -(-keys // BLOCK)
+    k_blocks, v_blocks = (_blocked(x[:keys], last) for x in (k, v))  # [Hkv * last, 128, D]
+    first_row = torch.arange(heads, device=q.device)[:, None] // group * last  # where a head's blocks start
+    out = torch.empty_like(q)
+    causal = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    for tile, count in enumerate(blocks.count.T):
+        rows = slice(tile * BLOCK, min((tile + 1) * BLOCK, queries))
+        query = q[rows].transpose(0, 1)  # [Hq, m, D]
+        m, longest, diagonal = query.shape[1], int(count.max()), q_offset // BLOCK + tile
+        if longest == diagonal + 1 and int(count.min()) == longest:  # dense: the group shares keys without a copy
+            key, value = (x.view(kv_heads, last, BLOCK, d)[:, :longest].flatten(1, 2) for x in (k_blocks, v_blocks))
+            mask = q.new_zeros(m, longest * BLOCK)
+            mask[:, -BLOCK:] = causal[:m]
+            query = query.reshape(kv_heads, group * m, d)
+            part = _attend(query, key, value, mask.repeat(group, 1), scale)
+            out[rows] = part.view(heads, m, d).transpose(0, 1)
+            continue
+        # Lists are aligned to the right, so that the diagonal block is the last column of every head.
+        column = torch.arange(longest, device=q.device) - (longest - count[:, None])  # [Hq, longest]
+        listed = blocks.index[:, tile].gather(1, column.clamp_min(0).long())
+        chosen = (first_row + listed).flatten()
+        key, value = (x.index_select(0, chosen).view(heads, longest * BLOCK, d) for x in (k_blocks, v_blocks))
+        absent = torch.zeros(column.shape, dtype=q.dtype, device=q.device).masked_fill_(column < 0, -torch.inf)
+        mask = absent[:, None, :, None].repeat(1, m, 1, BLOCK)
+        mask[:, :, -1] = causal[:m]
+        part = _attend(query, key, value, mask.flatten(2), scale)
+        out[rows] = part.transpose(0, 1)
+    return out
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """[B, m, D] over [B, n, D] with an additive mask; four dimensions are what PyTorch's fast CPU path asks for."""
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask.expand(len(q), -1, -1)[None], scale=scale)[0]
+
+
+def _blocked(x: torch.Tensor, blocks: int) -> torch.Tensor:
+    """[S, Hkv, D] -> [Hkv * blocks, 128, D], zeros after the end."""
+    keys, heads, d = x.shape
+    out = x.new_zeros(heads, blocks * BLOCK, d)
+    out[:, :keys] = x.transpose(0, 1)
+    return out.view(heads * blocks, BLOCK, d)
