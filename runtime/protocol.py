@@ -64,6 +64,9 @@ def _stop_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+_Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
+
+
 def _text(value: Any) -> Any:
     """Message content is a string or a list of text parts."""
     if not isinstance(value, list):
@@ -131,11 +134,7 @@ class _Generation(_Strict):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=1000)]] | None,
-        BeforeValidator(_stop_list),
-        Field(max_length=16),
-    ] = None
+    stop: Annotated[_Stops | None, BeforeValidator(_stop_list)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     progress: bool | None = None

@@ -34,10 +34,12 @@ def bind(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
 
     Raises UserError when the address cannot be had. Connections made from here on wait until the server runs.
     """
+    if not 0 <= port < 2**16:  # getaddrinfo would take it modulo 65536
+        raise UserError(f"port is {port}, expected 0 to 65535; give another --port")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, proto)
-    except (socket.gaierror, OverflowError, UnicodeError) as error:
+    except (socket.gaierror, UnicodeError) as error:
         raise UserError(
             f"cannot listen on host {host!r} port {port} ({error}); give an address of this machine"
         ) from None
@@ -45,9 +47,9 @@ def bind(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(2048)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        if error.errno == errno.EADDRINUSE:
             raise UserError(
                 f"port {port} on {host} is in use by another process; stop that process or give another --port"
             ) from None
