@@ -1,4 +1,4 @@
-"""Progress for every long step: a bar with rate and time left on a terminal, sparse plain lines elsewhere. To stderr."""
+"""Progress of long steps, on stderr: a bar with rate and time left on a terminal, sparse plain lines elsewhere."""
 
 from __future__ import annotations
 

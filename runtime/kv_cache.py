@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lcconvert.kernels.kv_pages import PageTensors
+from lcconvert.kernels.kv_pages import PageTensors, dequantize_pages
 from lcconvert.runtime.errors import UserError
-from lcconvert.runtime.page_store import empty_pages, grown, nbytes, read_pages, write_pages
+from lcconvert.runtime.page_store import empty_pages, grown, nbytes, write_pages
 from lcconvert.runtime.sidecar import PAGE, KVConfig
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
@@ -142,11 +142,6 @@ class PagePool:
         write_pages(self.k[layer], index, k)
         write_pages(self.v[layer], index, v)
 
-    def read(self, layer: int, pages: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the given pages of one layer, dequantized to the compute dtype, [P, 128, Hkv, D] each."""
-        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
-        return read_pages(self.k[layer], index, self.dtype), read_pages(self.v[layer], index, self.dtype)
-
     def _grow(self, more: int) -> None:
         first = self.capacity
         self.k = [grown(pages, first + more) for pages in self.k]
@@ -174,8 +169,9 @@ class PagePool:
         k[:sink], v[:sink] = seq.sink_k[layer, :sink], seq.sink_v[layer, :sink]
         paged = PAGE * (1 + len(seq.pages))
         if seq.pages:
-            k_pages, v_pages = self.read(layer, seq.pages)
-            k[PAGE:paged], v[PAGE:paged] = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
+            index = torch.tensor(seq.pages, dtype=torch.int64, device=self.device)
+            k[PAGE:paged] = dequantize_pages(self.k[layer], index, self.dtype)
+            v[PAGE:paged] = dequantize_pages(self.v[layer], index, self.dtype)
         if seq.tail_length:
             k[paged : seq.length] = seq.tail_k[layer, : seq.tail_length]
             v[paged : seq.length] = seq.tail_v[layer, : seq.tail_length]

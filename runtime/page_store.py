@@ -1,4 +1,4 @@
-"""Allocating, filling and reading the page tensors of one layer, for each way a page can be stored.
+"""Allocating, filling and growing the page tensors of one layer, for each way a page can be stored.
 
 The arithmetic is the kernels'; this file only knows which of it belongs to which kind.
 """
@@ -47,25 +47,13 @@ def write_pages(pages: PageTensors, index: torch.Tensor, x: torch.Tensor) -> Non
         pages.data[index] = kv_pages.store_16(x).to(pages.data.dtype)
     elif pages.kind == "fp8":
         assert pages.scale is not None
-        pages.data[index] = kv_pages.quantize_fp8(x, pages.scale)
+        codes = kv_pages.quantize_fp8(x, pages.scale)
+        pages.data.view(torch.uint8)[index] = codes.view(torch.uint8)  # indexing is not defined for float8 everywhere
     else:
         assert pages.scale is not None
         assert pages.zero is not None
         quantize = kv_pages.quantize_k_int4 if pages.kind == "int4_channel" else kv_pages.quantize_v_int4
         pages.data[index], pages.scale[index], pages.zero[index] = quantize(x)
-
-
-def read_pages(pages: PageTensors, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The pages numbered by `index` int64 [P], dequantized to `dtype` [P, 128, Hkv, D]."""
-    data = pages.data[index]
-    if pages.kind == "plain":
-        return data.transpose(1, 2).to(dtype)
-    assert pages.scale is not None
-    if pages.kind == "fp8":
-        return kv_pages.dequantize_fp8(data, pages.scale).to(dtype)
-    assert pages.zero is not None
-    dequantize = kv_pages.dequantize_k_int4 if pages.kind == "int4_channel" else kv_pages.dequantize_v_int4
-    return dequantize(data, pages.scale[index], pages.zero[index]).to(dtype)
 
 
 def grown(pages: PageTensors, count: int) -> PageTensors:
@@ -74,7 +62,7 @@ def grown(pages: PageTensors, count: int) -> PageTensors:
     dim = width if pages.kind in ("plain", "fp8") else 2 * width
     fp8_scale = pages.scale if pages.kind == "fp8" else None
     new = empty_pages(pages.kind, count, heads, dim, pages.data.dtype, pages.data.device, fp8_scale)
-    new.data[:old] = pages.data
+    new.data.view(torch.uint8)[:old] = pages.data.view(torch.uint8)
     if pages.zero is not None:
         assert pages.scale is not None
         assert new.scale is not None
