@@ -105,7 +105,7 @@ def test_running_answers_take_turns_and_equal_those_given_alone(url, engine, mon
         assert list(pool.map(ask, prompts)) == alone
     one, two, three = dict.fromkeys(turns)  # in order of their first token
     together = turns[turns.index(three) : len(turns) - turns[::-1].index(one)]
-    assert len(together) > 45
+    assert len(together) >= 30
     assert together == [(three, one, two)[i % 3] for i in range(len(together))]
 
 
