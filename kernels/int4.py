@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-
 SMALL_M = 16  # rows up to which the fused product is used; above it the weight is expanded
 
 

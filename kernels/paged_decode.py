@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 
 from lcconvert.kernels.fp8 import expand_e4m3
-from lcconvert.kernels.kv_pages import PageTensors
+from lcconvert.kernels.kv_pages import PAGE, PageTensors
 
-_CHUNK_PAGES = 256  # pages the reference holds in float32 at once
+_CHUNK_PAGES = 32  # pages the reference holds in float32 at once
 
 
 def paged_decode(
@@ -57,59 +57,57 @@ def paged_decode_torch(
         query = q[s].float().view(kv_heads, heads // kv_heads, d) * scale
         for start in range(0, count, _CHUNK_PAGES):
             index = page_table[s, start : min(start + _CHUNK_PAGES, count)].long()
-            scores = _scores(query, k, index)  # [Hkv, G, n, 128]
-            part_lse = scores.flatten(2).logsumexp(-1)  # [Hkv, G]
-            part = _weighted(scores.sub_(part_lse[..., None, None]).exp_(), v, index).view(heads, d)
+            scores = _scores(query, k, index)  # [n, Hkv, G, 128]
+            part_lse = scores.logsumexp((0, 3))  # [Hkv, G]
+            part = _weighted(scores.sub_(part_lse[..., None]).exp_(), v, index).view(heads, d)
             if start == 0:
                 out[s], lse[s] = part, part_lse.view(heads)
             else:
-                joined = merge_partials(
-                    torch.stack((out[s], part))[:, None], torch.stack((lse[s], part_lse.view(heads)))[:, None]
-                )
-                out[s], lse[s] = joined[0][0], joined[1][0]
+                outs, lses = torch.stack((out[s], part)), torch.stack((lse[s], part_lse.view(heads)))
+                joined, joined_lse = merge_partials(outs[:, None], lses[:, None])
+                out[s], lse[s] = joined[0], joined_lse[0]
     return out, lse
 
 
 def _gather(pages: PageTensors, index: torch.Tensor) -> torch.Tensor:
-    """Listed pages with the head first: [Hkv, n, 128, D or D/2], codes as stored."""
-    if pages.kind == "fp8":  # indexing e4m3 is not implemented everywhere
-        return expand_e4m3(pages.data.view(torch.uint8)[index].view(torch.float8_e4m3fn)).transpose(0, 1)
-    data = pages.data[index].transpose(0, 1)
+    """Listed pages as one batch [n * Hkv, 128, D or D/2], in float32 or as codes."""
+    if pages.kind == "fp8":  # gathered as bytes: e4m3 has no gather everywhere
+        return expand_e4m3(pages.data.view(torch.uint8).index_select(0, index).view(pages.data.dtype)).flatten(0, 1)
+    data = pages.data.index_select(0, index).flatten(0, 1)
     return data.float() if pages.kind == "plain" else data
 
 
 def _scores(query: torch.Tensor, k: PageTensors, index: torch.Tensor) -> torch.Tensor:
-    """query float32 [Hkv, G, D], scaled -> scores [Hkv, G, n, 128]."""
-    data = _gather(k, index)  # [Hkv, n, 128, *]
+    """query float32 [Hkv, G, D], scaled -> scores [n, Hkv, G, 128]."""
+    data = _gather(k, index)
+    shape = (len(index), *query.shape[:2], PAGE)
     if k.kind == "int4_channel":
         assert k.scale is not None
         assert k.zero is not None
-        folded = query[:, None] * k.scale[index].float().transpose(0, 1)[:, :, None]  # [Hkv, n, G, D]
-        offset = query @ k.zero[index].float().permute(1, 2, 0)  # [Hkv, G, n]
+        folded = (query * k.scale.index_select(0, index).float()[:, :, None]).flatten(0, 1)  # [n * Hkv, G, D]
+        offset = torch.einsum("hgd,nhd->nhg", query, k.zero.index_select(0, index).float())
         low, high = folded.chunk(2, dim=-1)
-        scores = torch.matmul(low, (data & 15).float().transpose(2, 3))
-        scores += torch.matmul(high, (data >> 4).float().transpose(2, 3))
-        return scores.transpose(1, 2) + offset[..., None]
-    scores = torch.matmul(query[:, None], data.transpose(2, 3)).transpose(1, 2)  # [Hkv, G, n, 128]
+        scores = torch.bmm(low, (data & 15).float().transpose(1, 2))
+        scores.baddbmm_(high, (data >> 4).float().transpose(1, 2))
+        return scores.view(shape).add_(offset[..., None])
     if k.kind == "fp8":
         assert k.scale is not None
-        scores = scores * k.scale[:, None, None, None]
-    return scores.contiguous()
+        query = query * k.scale[:, None, None]
+    return torch.bmm(query.repeat(len(index), 1, 1), data.transpose(1, 2)).view(shape)
 
 
 def _weighted(p: torch.Tensor, v: PageTensors, index: torch.Tensor) -> torch.Tensor:
-    """Probabilities [Hkv, G, n, 128] times the listed values -> [Hkv, G, D]."""
-    data = _gather(v, index).flatten(1, 2)  # [Hkv, n * 128, *]
+    """Probabilities [n, Hkv, G, 128] times the listed values -> [Hkv, G, D]."""
+    data = _gather(v, index)
+    shape = (*p.shape[:3], -1)
     if v.kind == "int4_token":
         assert v.scale is not None
         assert v.zero is not None
-        token_scale = v.scale[index].float().transpose(0, 1)[:, None]  # [Hkv, 1, n, 128]
-        token_zero = v.zero[index].float().transpose(0, 1)[:, None]
-        offset = (p * token_zero).sum((2, 3))  # [Hkv, G]
-        p = (p * token_scale).flatten(2)
-        halves = (torch.bmm(p, (data & 15).float()), torch.bmm(p, (data >> 4).float()))
-        return torch.cat(halves, dim=-1) + offset[..., None]
-    out = torch.bmm(p.flatten(2), data)
+        offset = torch.einsum("nhgt,nht->hg", p, v.zero.index_select(0, index).float())
+        p = (p * v.scale.index_select(0, index).float()[:, :, None]).flatten(0, 1)
+        low, high = (torch.bmm(p, codes.float()).view(shape).sum(0) for codes in (data & 15, data >> 4))
+        return torch.cat((low, high), dim=-1) + offset[..., None]
+    out = torch.bmm(p.flatten(0, 1), data).view(shape).sum(0)
     if v.kind == "fp8":
         assert v.scale is not None
         out = out * v.scale[:, None, None]
