@@ -57,7 +57,7 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N] in x's dtype."""
-        y = fp8_matmul(x.reshape(-1, self.in_features), self.weight, self.weight_scale, x.dtype)
+        y = fp8_matmul(x.reshape(-1, self.in_features), self.weight, self.weight_scale.float(), x.dtype)
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
 

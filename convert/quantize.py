@@ -1,0 +1,312 @@
+"""`quantize`: a 16-bit checkpoint becomes the `flash` (int4) or the `pro` (fp8) artifact.
+
+One layer is in memory at a time: read it, watch it on calibration text, round its weights, write them, and send the
+text through the rounded layer to the next one. So the peak is a few times the largest layer plus the hidden states of
+the samples and the shard being filled, whatever the size of the model.
+
+Surprising rule: later layers are calibrated on the outputs of rounded earlier ones, so the order of layers matters and
+a single layer cannot be quantized again alone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lcconvert.convert.calibrate import SHARED_INPUT, Calibration, Observed, calibration_windows, load_layer
+from lcconvert.convert.checkpoint import open_checkpoint
+from lcconvert.convert.ct_layout import fp8_tensors, int4_tensors, kv_scale_tensors, quantization_config
+from lcconvert.convert.gptq import quantize_gptq
+from lcconvert.convert.progress import progress
+from lcconvert.convert.quantize_config import QuantizeConfig
+from lcconvert.convert.round_to_nearest import FP8, dequantize, quantize_fp8, quantize_rtn, to_fp8_grid, to_int4_grid
+from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
+from lcconvert.runtime import sidecar as sidecars
+from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.kv_cache import read_scales
+from lcconvert.runtime.linear import LinearFormat, QuantLayout
+from lcconvert.runtime.model import Decoder, Layer, check_finite
+from lcconvert.runtime.sidecar import AttentionPolicy, KVConfig, Sidecar
+from lcconvert.runtime.source import TensorSource
+from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.tokenizer import Tokenizer
+
+REPORT = "quantization.json"
+_GROUPS = (128, 64, 32)
+
+
+def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
+    """Writes the quantized artifact of `src` to the new folder `out` and returns it.
+
+    UserError (nothing written): a source already quantized, incomplete or with non-finite weights, a group size that
+    does not divide, too little calibration text. CheckFailed: what was written does not read back.
+    """
+    source = open_checkpoint(src)
+    plan = make_plan(source, config)
+    started = time.monotonic()
+    with new_folder(out, need_bytes=plan.bytes) as folder:
+        writer = ShardWriter(folder, config.max_shard)
+        for name in plan.outside:
+            writer.add(name, _read(source, name).to(plan.dtype))
+        report, alphas = [], []
+        with progress("quantize", plan.spec.num_layers, "layers") as bar:
+            for tensors, rows, observed in quantized_layers(source, plan, config):
+                for name, tensor in tensors.items():
+                    writer.add(name, tensor)
+                report += rows
+                alphas.append(observed.alpha.tolist() if observed and observed.alpha is not None else [])
+                bar.note(f"output error {max((row['output_error'] for row in rows), default=0.0):.2%}")
+                bar.advance()
+        writer.close()
+        sidecar = _sidecar(src, plan, config, alphas)
+        write_files(folder, plan.config_json, {**source.files, sidecars.NAME: sidecar.to_bytes()})
+        written = verify_folder(folder, plan.expected)
+        read_scales(written, plan.spec, plan.kv.scheme)  # refuses an absent or zero KV scale on disk
+        summary = summarize(plan, report, seconds=time.monotonic() - started)
+        (folder / REPORT).write_text(json.dumps(summary, indent=2) + "\n")
+    return out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written: decided before any work, and checked against the disk after it.
+
+    `expected`: dtype and shape by tensor name. `outside`: the tensors of no layer. `dtype`: of all that stays 16 bit.
+    `windows`: calibration tokens int64 [S, T], or None.
+    """
+
+    spec: ModelSpec
+    form: LinearFormat
+    layout: QuantLayout
+    config_json: dict[str, Any]
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    outside: list[str]
+    dtype: torch.dtype
+    kv: KVConfig
+    attention: AttentionPolicy
+    inherited: Sidecar
+    windows: torch.Tensor | None
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.expected.values())
+
+
+def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
+    """Reads headers, config and tokenizer, no weights; every error that can be known now is raised now."""
+    if block := source.config.get("quantization_config"):
+        raise UserError(
+            f"{source.name} is already quantized ({block.get('quant_method', 'unknown method')}); "
+            "quantize from its 16-bit checkpoint"
+        )
+    spec = ModelSpec.from_config(source.config)
+    with torch.device("meta"):
+        plain = Decoder(spec)
+    _check_complete(source, plain)
+    ignore = ("lm_head", *config.ignore)
+    form = (
+        LinearFormat("int4", _group_size(plain, ignore, config)) if config.variant == "flash" else LinearFormat("fp8")
+    )
+    kv = KVConfig(scheme=config.kv_scheme)
+    block = quantization_config(form, ignore, fp8_kv=kv.scheme == "fp8")
+    layout = QuantLayout.from_config({"quantization_config": block})
+    dtype = torch.float16 if source.info("model.embed_tokens.weight")[0] == torch.float16 else torch.bfloat16
+    config_json = {k: v for k, v in source.config.items() if k != "torch_dtype"}
+    config_json |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": block}
+    windows = None
+    if config.samples:
+        tokenizer = Tokenizer.from_files(source.files)
+        windows = calibration_windows(
+            config.calibration, tokenizer, samples=config.samples, length=config.length, seed=config.seed
+        )
+    return Plan(
+        spec=spec,
+        form=form,
+        layout=layout,
+        config_json=config_json,
+        expected=_expected(spec, layout, dtype, kv),
+        outside=[name for name, _ in plain.named_parameters() if not name.startswith("model.layers.")],
+        dtype=dtype,
+        kv=kv,
+        attention=AttentionPolicy.model_validate({"kind": config.attention_kind}),
+        inherited=Sidecar.read(source),
+        windows=windows,
+        device=torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+    )
+
+
+def quantized_layers(
+    source: TensorSource, plan: Plan, config: QuantizeConfig
+) -> Iterator[tuple[dict[str, torch.Tensor], list[dict[str, Any]], Observed | None]]:
+    """For each layer in order: its tensors to write, an error row per linear layer, what calibration saw."""
+    calibration = None
+    if plan.windows is not None:
+        calibration = Calibration(source, plan.spec, plan.windows, plan.device)
+    policy = plan.attention if plan.attention.kind == "hybrid" else None
+    for number in range(plan.spec.num_layers):
+        layer = load_layer(source, plan.spec, number, plan.device)
+        observed = calibration.observe(layer, policy, config.attention_mass) if calibration else None
+        tensors, rows = quantize_layer(layer, f"model.layers.{number}", plan, observed, config)
+        if plan.kv.scheme in ("fp8", "k8v4"):
+            assert observed is not None
+            tensors |= kv_scale_tensors(number, observed.k_scale, observed.v_scale)
+        if calibration and number + 1 < plan.spec.num_layers:
+            calibration.advance(layer)
+        yield tensors, rows, observed
+
+
+@torch.no_grad()
+def quantize_layer(
+    layer: Layer, prefix: str, plan: Plan, observed: Observed | None, config: QuantizeConfig
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Rounds the linear layers of `layer`, which keeps the rounded weights: (its tensors by full name, error rows)."""
+    tensors: dict[str, torch.Tensor] = {}
+    rows: list[dict[str, Any]] = []
+    for names in SHARED_INPUT:
+        wanted = [name for name in names if plan.layout.format_of(f"{prefix}.{name}")]
+        if not wanted:
+            continue
+        originals = [layer.get_parameter(f"{name}.weight") for name in wanted]
+        weight = torch.cat([*originals]).float()  # [sum of N, K]
+        moments = observed.moments[names[0]] if observed else None
+        values, scale, method = _round(weight, plan.form, moments, plan.dtype, config)
+        rounded = dequantize(values, scale)
+        start = 0
+        for name, original in zip(wanted, originals):
+            part = slice(start, start := start + len(original))
+            full = f"{prefix}.{name}"
+            if plan.form.kind == "int4":
+                tensors |= int4_tensors(full, values[part].to(torch.int8), scale[part])
+            else:
+                tensors |= fp8_tensors(full, values[part].to(FP8), scale[part])
+            rows.append({"name": full, "method": method, **_errors(weight[part], rounded[part], moments)})
+            original.copy_(rounded[part])
+    packed = {f"{row['name']}.weight" for row in rows}
+    plain = {f"{prefix}.{leaf}": tensor for leaf, tensor in layer.state_dict().items()}
+    return tensors | {name: tensor.to(plan.dtype) for name, tensor in plain.items() if name not in packed}, rows
+
+
+def _round(
+    weight: torch.Tensor, form: LinearFormat, moments: torch.Tensor | None, dtype: torch.dtype, config: QuantizeConfig
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """weight float32 [N, K] -> grid values float32 [N, K], scale [N, G] in `dtype`, how it was done."""
+    if form.kind == "int4":
+        diagonal = None if moments is None else moments.diagonal()
+        codes, scale = quantize_rtn(weight, form.group_size, diagonal, scale_dtype=dtype)
+        values, grid = codes.float(), to_int4_grid
+    else:
+        fp8, scale = quantize_fp8(weight, scale_dtype=dtype)
+        values, grid = fp8.float(), to_fp8_grid
+    if config.method == "rtn" or moments is None:
+        return values, scale, "rtn"
+    better = quantize_gptq(weight, scale, moments, grid, config.damp)
+    if better is None:
+        return values, scale, "rtn (the calibration moments do not factorize)"
+    return better, scale, "gptq"
+
+
+def _errors(weight: torch.Tensor, rounded: torch.Tensor, moments: torch.Tensor | None) -> dict[str, float]:
+    """output_error: E|(W - W')x|^2 / E|Wx|^2 (of the weights alone without calibration). sqnr_db: of the weights."""
+    difference = weight - rounded
+    noise, signal = difference.square().sum(), weight.square().sum()
+    sqnr = 10 * torch.log10(signal / noise.clamp_min(1e-30)) if signal > 0 else torch.tensor(0.0)
+    if moments is not None:
+        noise, signal = (difference @ moments * difference).sum(), (weight @ moments * weight).sum()
+    error = noise / signal if signal > 0 else noise
+    return {"output_error": round(float(error), 7), "sqnr_db": round(float(sqnr), 2)}
+
+
+def summarize(plan: Plan, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The content of quantization.json; `bits_per_weight` counts codes and scales of the quantized linear layers."""
+    stored = {row["name"]: 0 for row in rows}
+    weights = 0
+    for name, (dtype, shape) in plan.expected.items():
+        module, _, leaf = name.rpartition(".")
+        if module in stored and leaf != "bias":
+            stored[module] += 8 * dtype.itemsize * torch.Size(shape).numel()
+            if leaf in ("weight_packed", "weight"):
+                weights += torch.Size(shape).numel() * (8 if leaf == "weight_packed" else 1)
+    return {
+        "bits_per_weight": round(sum(stored.values()) / weights, 3) if weights else None,
+        "bytes": plan.bytes,
+        "seconds": round(seconds, 1),
+        "calibration_tokens": 0 if plan.windows is None else plan.windows.numel(),
+        "linear_layers": rows,
+    }
+
+
+def _sidecar(src: str, plan: Plan, config: QuantizeConfig, alphas: list[list[float]]) -> Sidecar:
+    attention = plan.attention
+    if attention.kind == "hybrid":
+        attention = attention.model_copy(update={"alpha": [[round(a, 9) for a in row] for row in alphas]})
+    provenance = {"source": src, **plan.inherited.provenance, "quantize": config.model_dump(mode="json")}
+    context = plan.inherited.context.model_copy(update={"validated": None})  # validated lengths are of other weights
+    return Sidecar(variant=config.variant, kv=plan.kv, attention=attention, context=context, provenance=provenance)
+
+
+def _read(source: TensorSource, name: str) -> torch.Tensor:
+    tensor = source.tensor(name)
+    check_finite(name, tensor, source.name)
+    return tensor
+
+
+def _check_complete(source: TensorSource, plain: Decoder) -> None:
+    wanted, present = {name for name, _ in plain.named_parameters()}, set(source.names())
+    if missing := sorted(wanted - present):
+        raise UserError(
+            f"{source.name} lacks tensor {missing[0]} ({len(missing)} missing); the checkpoint is incomplete"
+        )
+    tied = {"lm_head.weight"} if plain.lm_head is None else set()
+    if extra := sorted(n for n in present - wanted - tied if not n.endswith("rotary_emb.inv_freq")):
+        raise UserError(
+            f"{source.name} holds tensor {extra[0]} ({len(extra)} not used), which its config.json has no place for; "
+            "config.json and weights do not belong together"
+        )
+
+
+def _group_size(plain: Decoder, ignore: tuple[str, ...], config: QuantizeConfig) -> int:
+    probe = QuantLayout(groups=((("Linear",), LinearFormat("int4", 1)),), ignore=ignore)
+    widths = {n: m.in_features for n, m in plain.named_modules() if isinstance(m, nn.Linear) and probe.format_of(n)}
+    if not widths:
+        raise UserError(f"ignore {', '.join(config.ignore)} leaves no linear layer to quantize; ignore less")
+    if config.group_size is not None:
+        for name, width in widths.items():
+            if width % config.group_size or config.group_size % 8:
+                raise UserError(
+                    f"group size {config.group_size} does not fit {name}, which has {width} inputs; "
+                    "give a multiple of 8 that divides them, or leave it out to have one chosen"
+                )
+        return config.group_size
+    for size in _GROUPS:
+        if all(width % size == 0 for width in widths.values()):
+            return size
+    odd = next(name for name, width in widths.items() if width % _GROUPS[-1])
+    raise UserError(
+        f"no group size of {', '.join(map(str, _GROUPS))} divides the {widths[odd]} inputs of {odd}; "
+        "add it to ignore, or use variant pro"
+    )
+
+
+def _expected(
+    spec: ModelSpec, layout: QuantLayout, dtype: torch.dtype, kv: KVConfig
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Every tensor of the artifact, from the model that will load it."""
+    with torch.device("meta"):
+        decoder = Decoder(spec, layout)
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
+        fixed = tensor.dtype if tensor.dtype in (torch.int32, torch.int64, FP8) else dtype
+        expected[name] = (fixed, tuple(tensor.shape))
+    if kv.scheme in ("fp8", "k8v4"):
+        for number in range(spec.num_layers):
+            for which in ("k_scale", "v_scale"):
+                expected[f"model.layers.{number}.self_attn.{which}"] = (torch.float32, (spec.num_kv_heads,))
+    return expected
