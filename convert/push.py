@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _ALLOWED = (
     {"config.json", "README.md", "NOTICE", "genai_config.json", "model.onnx", "model.onnx.data"}
-    | {"model.safetensors", "model.safetensors.index.json", "loss.jsonl", "loss.png", *AUX_FILES}
+    | {"model.safetensors", "model.safetensors.index.json", "loss.jsonl", "loss.png", "quantization.json", *AUX_FILES}
 )  # fmt: skip
 _ALLOWED_PATTERN = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|[\w.-]+\.gguf|(LICENSE|NOTICE)(\.txt|\.md)?")
 _VALIDATION_PATTERN = re.compile(r"validation/[\w.-]+\.(json|jsonl|html|png|csv)")

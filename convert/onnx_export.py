@@ -1,0 +1,132 @@
+"""A checkpoint as an ONNX folder: model.onnx, model.onnx.data, genai_config.json, and the tokenizer files unchanged.
+
+Weights stream from the checkpoint to the data file one tensor at a time. Stored int4 codes are copied; fp8 weights (a
+`pro` artifact) are expanded to float32, since onnxruntime's CPU provider has no fp8 product, so only the weights' own
+rounding remains and not that of the activations. The KV cache is float32 whatever the artifact's own scheme is.
+
+Surprising rule: `max_length` in genai_config.json is not the context. A runtime may reserve the cache for it, and
+1,048,576 tokens of an 8B model would be 256 GiB, so it is what fits 4 GiB; callers raise it up to `context_length`.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from lcconvert.convert.export_weights import ExportWeights
+from lcconvert.convert.onnx_check import check_files, compare_logits
+from lcconvert.convert.onnx_data import ExternalData
+from lcconvert.convert.onnx_graph import decoder_graph
+from lcconvert.convert.progress import progress
+from lcconvert.convert.writer import new_folder
+from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.sidecar import NAME as SIDECAR
+from lcconvert.runtime.sidecar import Sidecar
+from lcconvert.runtime.source import TensorSource
+from lcconvert.runtime.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from lcconvert.convert.export import ExportConfig
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+_COMPARE_WEIGHTS = 10**9
+_RESERVED_CACHE_BYTES = 4 << 30
+
+
+def export_onnx(source: TensorSource, sidecar: Sidecar, out: Path, config: ExportConfig) -> Path:
+    """Writes and checks the folder `out`; what the comparison found is recorded in its lcconvert.json."""
+    weights = ExportWeights(source)
+    spec = weights.spec
+    rows = config.max_length or spec.max_position
+    if rows > spec.max_position:
+        raise UserError(
+            f"max_length is {rows} but {source.name} is configured for {spec.max_position} tokens; extend it first"
+        )
+    int4 = config.precision == "int4" or (config.precision == "auto" and weights.stores_int4)
+    comparing = _will_compare(spec, config)
+    with new_folder(out, need_bytes=_bytes_needed(spec, rows, int4)) as folder:
+        with ExternalData(folder / DATA) as data, progress("export onnx", spec.num_layers, "layers") as bar:
+            model = decoder_graph(
+                weights, data, rows=rows, int4_group=config.group_size if int4 else None, step=bar.advance
+            )
+        onnx.save_model(model, str(folder / MODEL))
+        check_files(folder / MODEL, data.digests)
+        found = "not run"
+        if comparing:
+            difference = compare_logits(folder / MODEL, spec, rows)
+            found = f"largest logit difference {difference:.2g} in onnxruntime {version('onnxruntime')}"
+        _write_files(folder, source, sidecar, rows, {"precision": "int4" if int4 else "fp32", "comparison": found})
+    return out
+
+
+def genai_config(spec: ModelSpec, config: dict[str, Any], rows: int) -> dict[str, Any]:
+    """What onnxruntime-genai reads. `rows` positions are addressable; generation stops at `max_length` unless told."""
+    eos = list(spec.eos_ids)
+    pad = config.get("pad_token_id")
+    tokens: dict[str, Any] = {} if spec.bos_id is None else {"bos_token_id": spec.bos_id}
+    if eos:
+        tokens |= {"eos_token_id": eos if len(eos) > 1 else eos[0], "pad_token_id": eos[0] if pad is None else pad}
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": MODEL,
+        "head_size": spec.head_dim,
+        "hidden_size": spec.hidden_size,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "num_hidden_layers": spec.num_layers,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    model = {"type": spec.family, "vocab_size": spec.vocab_size, "context_length": rows, **tokens, "decoder": decoder}
+    search = {"max_length": reserved_length(spec, rows), "past_present_share_buffer": True, "do_sample": False}
+    return {"model": model, "search": search}
+
+
+def reserved_length(spec: ModelSpec, rows: int) -> int:
+    """The largest power of two of tokens whose float32 KV cache takes at most 4 GiB, and at most `rows`."""
+    fitting = _RESERVED_CACHE_BYTES // (4 * spec.kv_values_per_token)
+    return min(rows, 1 << (fitting.bit_length() - 1)) if fitting else 1
+
+
+def _will_compare(spec: ModelSpec, config: ExportConfig) -> bool:
+    if config.compare == "never":
+        return False
+    try:
+        version("onnxruntime")
+    except PackageNotFoundError:
+        if config.compare == "auto":
+            return False
+        raise UserError("compare is 'always' but onnxruntime is not installed; run `pip install onnxruntime`") from None
+    return config.compare == "always" or spec.parameters() <= _COMPARE_WEIGHTS
+
+
+def _bytes_needed(spec: ModelSpec, rows: int, int4: bool) -> int:
+    embeddings = spec.vocab_size * spec.hidden_size * (1 if spec.tied_head else 2)
+    linear = spec.parameters() - embeddings
+    return 4 * embeddings + (linear * 5 // 8 if int4 else 4 * linear) + 4 * rows * spec.head_dim
+
+
+def _write_files(folder: Path, source: TensorSource, sidecar: Sidecar, rows: int, found: dict[str, str]) -> None:
+    """config.json, tokenizer and sidecar; the config describes the model, its quantization block only the source."""
+    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    sidecar = sidecar.model_copy(update={"provenance": sidecar.provenance | found})
+    spec = ModelSpec.from_config(source.config)
+    texts = {"config.json": config, "genai_config.json": genai_config(spec, config, rows)}
+    for name, value in texts.items():
+        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, content in source.files.items():
+        (folder / name).write_bytes(content)
+    (folder / SIDECAR).write_bytes(sidecar.to_bytes())
