@@ -30,10 +30,22 @@ def open_checkpoint(src: str | Path, *, revision: str | None = None) -> TensorSo
     if path.is_file():
         return _open_file(path)
     if path.is_dir():
-        return FolderSource(path)
+        return _open_folder(path)
     if _HUB_ID.fullmatch(text) and path.suffix not in {".gguf", ".safetensors"} | _PICKLED:
-        return FolderSource(_download(text, revision))
+        folder = _download(text, revision)
+        source = FolderSource(folder)
+        source.name = f"{text}@{folder.name}"  # the cache names the folder by its commit
+        return source
     raise UserError(f"{text} does not exist; {_FORMS}")
+
+
+def _open_folder(path: Path) -> TensorSource:
+    if not (path / "config.json").is_file() and (packed := sorted(path.glob("*.gguf"))):
+        if len(packed) > 1:
+            names = ", ".join(file.name for file in packed)
+            raise UserError(f"{path} holds {len(packed)} GGUF files ({names}); give the path of one of them")
+        return GgufSource(packed[0])
+    return FolderSource(path)
 
 
 def _open_file(path: Path) -> TensorSource:

@@ -93,6 +93,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
             metadata[key] = reader.value(reader.number("I"))
         entries = [_table_entry(reader) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise UserError(f"{path} has general.alignment {alignment!r}, expected a positive integer; fetch it again")
     data_start = -(-reader.at // alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
     for name, shape, kind, offset in entries:

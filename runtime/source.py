@@ -74,10 +74,10 @@ def _read_header(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is {size} bytes, too short for its own header; it is truncated, fetch it again")
         try:
             header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            raise UserError(f"{path} has a header that is not JSON; it is not safetensors or is damaged") from None
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            header.pop("__metadata__", None)
+            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, IndexError):
+            raise UserError(f"{path} has no readable tensor table; it is not safetensors or is damaged") from None
     if size != end:
         raise UserError(
             f"{path} is {size} bytes but its header needs {end}; it is truncated or damaged, fetch it again"
