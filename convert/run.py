@@ -1,0 +1,137 @@
+"""`lcconvert run RECIPE`: extend, quantize, validate, serve; each stage is skipped when it is complete and unchanged.
+
+A stage's stamp in OUT/run.json is a hash of its settings and of what it reads, with the state of what it wrote. Only
+folders that a stamp names are ever replaced, so a run never deletes what it did not make.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lcconvert.convert.checkpoint import open_checkpoint
+from lcconvert.convert.compare import comparison_table, render_table
+from lcconvert.convert.extend import extend
+from lcconvert.convert.quantize import quantize
+from lcconvert.convert.recipe import Recipe, load_recipe
+from lcconvert.convert.serve_check import serve_once
+from lcconvert.convert.validate import validate
+from lcconvert.runtime.errors import UserError
+
+
+def run_recipe(name: str, out: Path) -> dict[str, Any]:
+    """Runs every stage of the recipe into `out` and returns {"artifact", "report", "answer", "table"}.
+
+    Interrupted anywhere, the same command goes on where it stopped.
+    """
+    recipe = load_recipe(name)
+    log = RunLog.open(out, recipe)
+    source = recipe.source
+    extended, final = out / "extended", out / recipe.quantize.variant
+    log.stage("extend", [recipe.extend], [source], extended, lambda: extend(source, extended, recipe.extend))
+    log.stage("quantize", [recipe.quantize], [extended], final, lambda: quantize(str(extended), final, recipe.quantize))
+    subjects = {"source": source, "extended": str(extended), recipe.quantize.variant: str(final)}
+    reports = {}
+    for label, subject in subjects.items():
+        folder = out / "validation" / label
+        against = None if label == "source" else str(extended) if label != "extended" else source
+        config = recipe.validation.model_copy(update={"against": against})
+        log.stage(
+            f"validate {label}",
+            [config],
+            [subject, *([against] if against else [])],
+            folder,
+            lambda subject=subject, folder=folder, config=config: validate(subject, folder, config),
+        )
+        reports[label] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    answer = None
+    if recipe.serve is not None:
+        served = out / "served.json"
+        log.stage("serve", [recipe.serve], [final], served, lambda: serve_once(final, served, recipe.serve))
+        answer = json.loads(served.read_text(encoding="utf-8"))
+    report = out / "validation" / recipe.quantize.variant / "report.html"
+    return {"artifact": final, "report": report, "answer": answer, "table": comparison_table(reports)}
+
+
+def render_result(result: dict[str, Any]) -> str:
+    """The end of a run, for a terminal."""
+    lines = [f"artifact: {result['artifact']}", f"report:   {result['report']}"]
+    if result["answer"]:
+        lines += [f"asked over HTTP: {result['answer']['question']}", f"answered:        {result['answer']['answer']}"]
+    return "\n".join([*lines, "", render_table(result["table"])])
+
+
+@dataclass
+class RunLog:
+    """OUT/run.json: the recipe and the stamp of every finished stage."""
+
+    path: Path
+    recipe: str
+    stamps: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, out: Path, recipe: Recipe) -> RunLog:
+        path = out / "run.json"
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out} is a file, expected a folder; give another --out")
+        if path.is_file():
+            return cls(path, recipe.name, json.loads(path.read_text(encoding="utf-8"))["stamps"])
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty and holds no earlier run; give a new folder with --out")
+        out.mkdir(parents=True, exist_ok=True)
+        return cls(path, recipe.name)
+
+    def stage(self, name: str, configs: list[Any], inputs: list[Any], output: Path, work: Callable[[], Any]) -> None:
+        """Does `work`, which writes `output`, unless the stamp says it was done with these settings and inputs."""
+        key = _digest([version("lcconvert"), *(c.model_dump(mode="json") for c in configs), *map(state, inputs)])
+        stamp = self.stamps.get(name)
+        if stamp and stamp["key"] != key:  # ours, and out of date
+            for old in (output, output.with_name(output.name + ".partial")):
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        elif stamp and output.exists() and stamp["output"] in (state(output), _renamed(output)):
+            click.echo(f"{name}: up to date", err=True)
+            self._stamp(name, key, state(output))
+            return
+        click.echo(f"{name}: running", err=True)
+        self._stamp(name, key, None)
+        work()
+        self._stamp(name, key, state(output))
+
+    def _stamp(self, name: str, key: str, output: Any) -> None:
+        self.stamps[name] = {"key": key, "output": output}
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"recipe": self.recipe, "stamps": self.stamps}, indent=2), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def state(subject: str | Path) -> Any:
+    """What identifies a stage's input or output: names, sizes and times of the files that decide its content."""
+    path = Path(subject)
+    if not path.exists():  # a Hub id or package
+        source = open_checkpoint(str(subject))
+        where = getattr(source, "path", None)
+        return [str(subject), state(where) if where else source.name]
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if _decides(p))
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+def _renamed(output: Path) -> Any:
+    """None for a checkpoint folder: it appears only when complete, so a kill just before its stamp loses nothing."""
+    return None if (output / "config.json").is_file() else "incomplete"
+
+
+def _decides(path: Path) -> bool:
+    return path.is_file() and (path.name in ("config.json", "report.json") or path.suffix == ".safetensors")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
