@@ -249,3 +249,17 @@ def test_pages_are_never_shared_by_accident_or_lost(actions: list[tuple[str, int
         counts = [sum(page in seq.pages for seq in live) for page in range(pool.capacity)]
         assert counts == pool.users
         assert sorted(pool.unused) == [page for page, users in enumerate(counts) if not users]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["bf16", "fp8", "int4", "k8v4"])
+@pytest.mark.parametrize("kind", ["dense", "hybrid"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 0.03)])
+def test_gpu_equals_cpu(folder: Path, scheme: str, kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Triton kernels and PyTorch's GPU attention against the plain CPU path, whole engine, relative error of logits."""
+    policy = AttentionPolicy(kind=kind, alpha=1e-30 if kind == "hybrid" else 0.01, dense_last=64)
+    source = FolderSource(folder)
+    cpu = run(load(folder, scheme, policy), 700, 80)
+    gpu = Engine.load(source, device="cuda", dtype=dtype, kv=KVConfig(scheme=scheme), attention=policy)
+    error = (run(gpu, 700, 80).cpu() - cpu).norm() / cpu.norm()
+    assert error < tolerance
