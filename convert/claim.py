@@ -1,0 +1,85 @@
+"""From measurements to statements: the context an artifact may claim, and whether it passes the bars of a recipe.
+
+The claim is relative to the model itself: the longest length up to which every tested length keeps 85% of the score at
+the shortest one. RULER's fixed bar of 85.6 says nothing about a small model; and a model that misses half of its short
+needles earns no claim, because 85% of nothing is nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lcconvert.convert.results import Agreement, Check, Claim, Needles
+from lcconvert.convert.validate_config import Thresholds
+from lcconvert.runtime.sidecar import NAME, Sidecar
+from lcconvert.runtime.source import FolderSource
+
+KEEP = 0.85
+SHORT_BAR = 0.5
+
+
+def context_claim(needles: Needles | None) -> Claim:
+    """The validated length, by the strict rule, with the words that say what it means."""
+    rule = (
+        f"every tested length up to it finds at least {KEEP:.0%} of the needles found at the shortest one, "
+        f"where at least {SHORT_BAR:.0%} are found"
+    )
+    measured = [row for row in needles.by_length if row.n] if needles is not None else []
+    if needles is None or not measured or measured[0] != needles.by_length[0]:
+        return Claim(validated=None, short_length=None, short_score=None, rule=rule)
+    short = measured[0].strict / measured[0].n
+    validated = None
+    if short >= SHORT_BAR:
+        for row in needles.by_length:
+            if not row.n or row.strict / row.n < KEEP * short:
+                break
+            validated = row.length
+    return Claim(validated=validated, short_length=measured[0].length, short_score=short, rule=rule)
+
+
+def checks(bars: Thresholds, needles: Needles | None, agreement: Agreement | None) -> list[Check]:
+    """One row per bar that is set; what could not be measured does not pass."""
+    rows = []
+    if bars.needles_min is not None:
+        # a length that ran out of memory or time is a length at which nothing was found
+        lengths = needles.by_length if needles is not None else []
+        worst = min((row.strict / row.n if row.n else 0.0 for row in lengths), default=None)
+        passed = worst is not None and worst >= bars.needles_min
+        rows.append(Check(name="needles_min", limit=bars.needles_min, value=worst, passed=passed))
+    increase = agreement.ppl_increase if agreement is not None else None
+    kl = agreement.prefill.mean_kl if agreement is not None else None
+    top1 = agreement.prefill.top1 if agreement is not None else None
+    for name, limit, value in (("ppl_max_increase", bars.ppl_max_increase, increase), ("kl_max", bars.kl_max, kl)):
+        if limit is not None:
+            rows.append(Check(name=name, limit=limit, value=value, passed=value is not None and value <= limit))
+    if bars.top1_min is not None:
+        passed = top1 is not None and top1 >= bars.top1_min
+        rows.append(Check(name="top1_min", limit=bars.top1_min, value=top1, passed=passed))
+    return rows
+
+
+def write_claim(folder: Path, claim: Claim, tested: list[int]) -> None:
+    """Puts the validated length into the artifact's lcconvert.json, if it has one, in one step.
+
+    A run over short lengths only does not take back a longer claim that it never tested.
+    """
+    path = folder / NAME
+    if not tested or not path.is_file():
+        return
+    sidecar = Sidecar.read(FolderSource(folder))
+    validated, before = claim.validated, sidecar.context.validated
+    if before is not None and validated == max(tested) and before > validated:
+        return
+    context = sidecar.context.model_copy(update={"validated": validated})
+    replace_file(path, sidecar.model_copy(update={"context": context}).to_bytes())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes `content` so that a reader sees the old file or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

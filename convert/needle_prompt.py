@@ -1,0 +1,192 @@
+"""Builds a needle prompt of exact length: prompt tokens after the real chat template + reserved output = length.
+
+Nothing is truncated afterwards and nothing is re-tokenized in a loop: the frame (template, instruction, needles,
+question) is encoded once, sentences are added by their known counts until the next one would not fit, the last one is
+cut at a word, and pad dots fill what is left. One encode of the finished text then checks the sum; vocabularies that
+merge across a boundary are corrected by moving a few pads. Several questions may share one haystack: the text up to
+the question is the same for all, so it is prefilled once and only the tails differ.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from lcconvert.convert.haystack import SentenceBank
+from lcconvert.runtime.errors import CheckFailed, UserError
+from lcconvert.runtime.tokenizer import Tokenizer
+
+# Version of the texts below; part of every sample's key. Change it with them.
+WORDING = "registration-1"
+_INTRO = (
+    "The text below hides the registration numbers of some things among other sentences. "
+    "Read all of it and remember them, because you will be asked about one of them afterwards.\n\n"
+)
+_NEEDLE = " The registration number of the {key} is {value}."
+_QUESTION = "\n\nWhat is the registration number of the {key} that is given in the text above?"
+_PREFIX = "The registration number of the {key} that is given in the text above is"
+_PAD = " ."
+_ATTEMPTS = 6
+
+
+@dataclass(frozen=True)
+class Needle:
+    key: str
+    value: str
+    depth: float  # where it should lie: 0 right after the instruction, 1 right before the question
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`context` is the common beginning of all prompts, `tails[i]` the rest of the prompt that asks question i."""
+
+    context: list[int]
+    tails: list[list[int]]
+    depths: list[float]  # token share of the haystack before each needle, as it came out
+    repetition: float  # 1.0: no sentence was used twice
+    wrapped: bool  # the haystack reached the end of its text and went on at the beginning
+
+
+def choose_needles(
+    tokenizer: Tokenizer, names: tuple[str, ...], depths: tuple[float, ...], rng: random.Random
+) -> tuple[list[Needle], Needle]:
+    """One needle per depth and one that will not be planted; 7-digit values; keys share no word.
+
+    All keys cost the same number of tokens, so that every question of a shared haystack has the same length.
+    """
+    by_cost: dict[int, list[str]] = {}
+    words: dict[int, set[str]] = {}
+    order = list(names)
+    rng.shuffle(order)
+    for name in order:
+        cost = len(tokenizer.encode(f" {name}"))
+        if not words.setdefault(cost, set()) & set(name.split()):
+            words[cost] |= set(name.split())
+            keys = by_cost.setdefault(cost, [])
+            keys.append(name)
+            if len(keys) == len(depths) + 1:
+                break
+    else:
+        raise UserError(f"{len(depths)} depths need {len(depths) + 1} keys of equal length; ask for fewer depths")
+    values = rng.sample(range(1_000_000, 10_000_000), len(keys))
+    needles = [Needle(key, str(value), depth) for key, value, depth in zip(keys, values, (*depths, 0.0))]
+    return needles[:-1], needles[-1]
+
+
+def prompt_mode(tokenizer: Tokenizer) -> str:
+    return "chat" if tokenizer.has_chat_template else "completion"
+
+
+def build_prompt(
+    tokenizer: Tokenizer,
+    bank: SentenceBank,
+    *,
+    length: int,
+    reserved: int,
+    needles: list[Needle],
+    questions: list[str],
+    start: int,
+) -> Prompt:
+    """The prompt of `length - reserved` tokens that plants `needles` and asks for each key of `questions`.
+
+    `start` is the sentence of `bank` that the haystack begins with. UserError when the frame alone does not fit.
+    """
+    target = length - reserved
+    frame = len(_encode(tokenizer, _content(needles, [], 0, questions[0])[0], questions[0]))
+    if frame > target:
+        raise UserError(
+            f"needle length {length} is {frame - target} tokens too short for the chat template, "
+            f"{len(needles)} needles and {reserved} output tokens; use a length of at least {frame + reserved}"
+        )
+    taken, repetition = bank.take(start, target - frame)
+    sentences = [(bank.sentences[i], bank.count(i)) for i in taken]
+    room = target - frame - sum(count for _, count in sentences)
+    following = bank.sentences[((taken[-1] + 1) if taken else start) % len(bank.sentences)]
+    if cut := _cut_to(tokenizer, following, room):
+        sentences.append((cut, len(tokenizer.encode(f" {cut}"))))
+        room -= sentences[-1][1]
+
+    pads = room
+    for _ in range(_ATTEMPTS):
+        content, depths = _content(needles, sentences, pads, questions[0])
+        ids = _encode(tokenizer, content, questions[0])
+        if len(ids) == target:
+            break
+        pads += target - len(ids)
+        while pads < 0 and sentences:
+            pads += sentences.pop()[1]
+    else:
+        raise CheckFailed(f"no needle prompt of exactly {target} tokens could be built with this tokenizer")
+    if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
+        raise CheckFailed("the prompt begins with two BOS tokens; the chat template and the tokenizer both add one")
+    context, tails = _split(tokenizer, content, ids, questions)
+    return Prompt(context, tails, depths, repetition, start + len(taken) >= len(bank.sentences))
+
+
+def _content(
+    needles: list[Needle], sentences: list[tuple[str, int]], pads: int, question: str
+) -> tuple[str, list[float]]:
+    """The user's message, and for each needle the share of haystack tokens before it."""
+    total = sum(count for _, count in sentences)
+    pending = sorted(range(len(needles)), key=lambda i: needles[i].depth)
+    depths = [0.0] * len(needles)
+    parts: list[str] = []
+    used = 0
+    for sentence, count in [*sentences, ("", 0)]:
+        while pending and (not sentence or used >= needles[pending[0]].depth * total):
+            i = pending.pop(0)
+            parts.append(_NEEDLE.format(key=needles[i].key, value=needles[i].value))
+            depths[i] = used / total if total else needles[i].depth
+        if sentence:
+            parts.append(f" {sentence}")
+            used += count
+    # pads stand inside the haystack, before a needle at its very end
+    last = len(parts) - 1 if parts and needles and max(n.depth for n in needles) >= 1 else len(parts)
+    parts.insert(last, _PAD * pads)
+    return _INTRO + "".join(parts).strip() + _QUESTION.format(key=question), depths
+
+
+def _text(tokenizer: Tokenizer, content: str, key: str) -> str:
+    prefix = _PREFIX.format(key=key)
+    if tokenizer.has_chat_template:
+        return tokenizer.chat([{"role": "user", "content": content}]) + prefix
+    return f"{content}\n\n{prefix}"
+
+
+def _encode(tokenizer: Tokenizer, content: str, key: str) -> list[int]:
+    """The ids a server would see."""
+    if tokenizer.has_chat_template:
+        return tokenizer.encode_chat([{"role": "user", "content": content}], prefix=_PREFIX.format(key=key))
+    return tokenizer.encode(_text(tokenizer, content, key), add_special=True)
+
+
+def _cut_to(tokenizer: Tokenizer, sentence: str, room: int) -> str:
+    """The longest beginning of `sentence`, in whole words, that costs at most `room` tokens."""
+    words = sentence.split(" ")
+    low, high = 0, len(words)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(tokenizer.encode(" " + " ".join(words[:middle]))) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return " ".join(words[:low])
+
+
+def _split(
+    tokenizer: Tokenizer, content: str, ids: list[int], questions: list[str]
+) -> tuple[list[int], list[list[int]]]:
+    """The common context and the tail of each question; the cut lies after the newlines before the question."""
+    stem = content[: content.rindex(_QUESTION.format(key=questions[0]))]
+    contents = [stem + _QUESTION.format(key=key) for key in questions]
+    marks = [_QUESTION.format(key=key).lstrip("\n") for key in questions]
+    texts = [_text(tokenizer, c, key) for c, key in zip(contents, questions)]
+    tails = [tokenizer.encode(text[text.rindex(mark) :]) for text, mark in zip(texts, marks)]
+    if ids[len(ids) - len(tails[0]) :] == tails[0]:
+        return ids[: len(ids) - len(tails[0])], tails
+    # a vocabulary that does not split there: encode every prompt whole and cut where they first differ
+    wholes = [ids, *(_encode(tokenizer, c, key) for c, key in zip(contents[1:], questions[1:]))]
+    common = 0
+    while all(len(w) > common + 1 for w in wholes) and len({w[common] for w in wholes}) == 1:
+        common += 1
+    return ids[:common], [whole[common:] for whole in wholes]

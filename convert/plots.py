@@ -1,0 +1,136 @@
+"""The pictures of a report, drawn from `Report` alone and returned as PNG bytes.
+
+No pyplot: figures are objects of their own, so nothing global is left behind in a server or a test.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from itertools import pairwise
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from lcconvert.convert.results import NeedleCell, Report
+from lcconvert.runtime.units import format_count
+
+# lost -> found; ends differ in lightness too, so that they stay apart in grey and for the colour-blind
+_COLOURS = LinearSegmentedColormap.from_list("found", ["#b3372b", "#f3d38a", "#2f7f6f"])
+_BLANK = "#e4e4e4"
+_INK = "#222222"
+_FEW = 5  # answers below which a cell is only an anecdote
+
+
+def needles_png(report: Report) -> bytes:
+    """Depth x length heatmap: share found by the strict rule, found/asked in each cell, the native window as a line."""
+    assert report.needles is not None
+    lengths = [row.length for row in report.needles.by_length]
+    depths = report.needles.depths
+    x, y = _edges([math.log2(n) for n in lengths], 0.5), _edges(list(depths), 0.12)
+    figure = Figure(figsize=(max(6.4, 1.15 * len(lengths) + 2.4), max(3.6, 0.5 * len(depths) + 1.9)), dpi=120)
+    axes = figure.add_subplot()
+    for cell in report.needles.cells:
+        column, row = lengths.index(cell.length), depths.index(cell.depth)
+        left, bottom = x[column], y[row]
+        width, height = x[column + 1] - left, y[row + 1] - bottom
+        blank = cell.state != "measured"
+        colour = _BLANK if blank else _COLOURS(cell.strict / cell.n)
+        hatch = "///" if blank else None
+        axes.add_patch(_rectangle(left, bottom, width, height, colour, hatch))
+        axes.text(
+            left + width / 2, bottom + height / 2, _label(cell), ha="center", va="center", fontsize=9, color=_ink(cell)
+        )
+    axes.set_xlim(x[0], x[-1])
+    axes.set_ylim(y[-1], y[0])
+    axes.set_xticks([math.log2(n) for n in lengths], [format_count(n) for n in lengths])
+    axes.set_yticks(list(depths), [f"{depth:.0%}" for depth in depths])
+    axes.set_xlabel("context length, tokens (answer included)")
+    axes.set_ylabel("depth of the needle")
+    _native_line(axes, report, math.log2(report.artifact.native_context), (x[0], x[-1]))
+    few = min((cell.n for cell in report.needles.cells if cell.n), default=0) < _FEW
+    note = f"found / asked in each cell{'; fewer than 5 answers a cell are an indication, not a rate' if few else ''}"
+    _title(axes, f"Needles found: {report.artifact.variant} ({report.needles.protocol} haystack)", note)
+    return _png(figure)
+
+
+def perplexity_png(report: Report) -> bytes:
+    """Perplexity of the same target tokens against the context before them, log scale."""
+    assert report.perplexity is not None
+    points = [(p.context, p.ppl) for p in report.perplexity.by_context if p.ppl is not None]
+    figure = Figure(figsize=(6.4, 3.8), dpi=120)
+    axes = figure.add_subplot()
+    axes.plot([math.log2(n) for n, _ in points], [ppl for _, ppl in points], marker="o", color="#2f5f9f", linewidth=1.8)
+    for n, ppl in points:
+        axes.annotate(
+            f"{ppl:.4g}", (math.log2(n), ppl), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9
+        )
+    contexts = [p.context for p in report.perplexity.by_context]
+    edges = (math.log2(contexts[0]) - 0.5, math.log2(contexts[-1]) + 0.5)
+    axes.set_xlim(*edges)
+    axes.set_xticks([math.log2(n) for n in contexts], [format_count(n) for n in contexts])
+    if points:
+        low, high = min(ppl for _, ppl in points), max(ppl for _, ppl in points)
+        if high > 10 * low:
+            axes.set_yscale("log")
+            axes.set_ylim(low / 1.5, high * 2)
+        else:
+            axes.set_ylim(max(0.0, low - 0.35 * low), high + 0.25 * low)
+    axes.set_xlabel("context length, tokens (targets included)")
+    axes.set_ylabel("perplexity")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    _native_line(axes, report, math.log2(report.artifact.native_context), edges)
+    note = f"the same last {report.perplexity.targets} tokens of {report.perplexity.text.name} in every window"
+    _title(axes, f"Perplexity with growing context: {report.artifact.variant}", note)
+    return _png(figure)
+
+
+def _edges(centres: list[float], outer: float) -> list[float]:
+    """Cell borders: half-way between neighbours, `outer` beyond the first and last."""
+    inner = [(a + b) / 2 for a, b in pairwise(centres)]
+    return [centres[0] - outer, *inner, centres[-1] + outer]
+
+
+def _rectangle(left: float, bottom: float, width: float, height: float, colour: Any, hatch: str | None) -> Rectangle:
+    edge = "white" if hatch is None else "#bbbbbb"
+    return Rectangle((left, bottom), width, height, facecolor=colour, edgecolor=edge, hatch=hatch, linewidth=1.5)
+
+
+def _label(cell: NeedleCell) -> str:
+    if cell.state == "measured":
+        return f"{cell.strict}/{cell.n}"
+    return "no memory" if cell.state == "out of memory" else "not run"
+
+
+def _ink(cell: NeedleCell) -> str:
+    extreme = cell.state == "measured" and abs(cell.strict / cell.n - 0.5) > 0.3
+    return "white" if extreme else _INK
+
+
+def _native_line(axes: Axes, report: Report, at: float, edges: tuple[float, float]) -> None:
+    label = f"native window {format_count(report.artifact.native_context)}"
+    if edges[0] < at < edges[1]:
+        axes.axvline(at, color=_INK, linestyle="--", linewidth=1.4)
+        axes.text(at, 1.0, f" {label}", transform=axes.get_xaxis_transform(), ha="left", va="bottom", fontsize=8)
+    else:
+        side, align, arrow = (1.0, "right", f"{label} →") if at >= edges[1] else (0.0, "left", f"← {label}")
+        axes.text(side, 1.0, arrow, transform=axes.transAxes, ha=align, va="bottom", fontsize=8, color=_INK)
+
+
+def _title(axes: Axes, title: str, note: str) -> None:
+    axes.set_title(title, fontsize=11, loc="left", pad=18)
+    assert axes.figure is not None
+    axes.figure.text(0.01, 0.01, note, fontsize=7.5, color="#555555")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _png(figure: Figure) -> bytes:
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

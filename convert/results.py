@@ -1,0 +1,218 @@
+"""The schema of `report.json`: everything a page, a picture, a table or a model card may say about an artifact.
+
+The HTML report, the plots, the comparison table and the card read nothing but this, so a number that is not here cannot
+be shown, and one that is shown can be checked. Seconds, bytes and tokens are plain numbers in those units; shares are
+0..1; a NaN never appears (`None` means "not measured").
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lcconvert.runtime.errors import UserError
+
+REPORT = "report.json"
+
+# "not run" is what a time limit left out; "out of memory" is a finding, not a crash
+CellState = Literal["measured", "out of memory", "not run"]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Artifact(_Row):
+    name: str
+    sha256: str  # convert/hashing.py: config.json and weights
+    bytes: int  # weights on disk
+    variant: str
+    family: str
+    parameters: int
+    native_context: int  # the window before any extension
+    configured_context: int
+
+
+class Setup(_Row):
+    device: str
+    dtype: str
+    threads: int | None  # CPU only
+    kv_scheme: str
+    attention: str
+    versions: dict[str, str]
+
+
+class Text(_Row):
+    name: str
+    sha256: str
+    characters: int
+
+
+class NeedleCell(_Row):
+    """One depth at one length. `contains` and `strict` count answers out of `n` by the rules of scoring.py."""
+
+    length: int
+    depth: float
+    state: CellState
+    n: int = 0
+    contains: float = 0
+    strict: int = 0
+    wrong: int = 0
+    empty: int = 0
+    hit_cap: int = 0
+    error: int = 0
+    low: float = 0.0  # 95% Wilson interval of strict / n
+    high: float = 1.0
+
+
+class NeedleLength(_Row):
+    """All depths of one length together; `relative` is strict / n over that of the shortest length."""
+
+    length: int
+    state: CellState
+    n: int
+    contains: float
+    strict: int
+    low: float
+    high: float
+    relative: float | None
+    repetition: float  # 1.0: no sentence of the haystack was used twice
+    overlaps_perplexity: bool
+
+
+class Control(_Row):
+    """Questions about a key that is not in the text. Any number is an invention; `other` counts answers that gave the
+    value of a needle that was asked about under a different key, `guessed` those that gave the unplanted value."""
+
+    n: int
+    silent: int
+    invented: int
+    other: int
+    guessed: int
+
+
+class Needles(_Row):
+    protocol: Literal["shared", "single"]
+    prompt: Literal["chat", "completion"]
+    wording: str  # version of the templates, part of every sample's key
+    depths: list[float]
+    samples: int
+    max_new_tokens: int
+    cells: list[NeedleCell]
+    by_length: list[NeedleLength]
+    control: Control
+
+
+class ContextPoint(_Row):
+    """The same target tokens predicted with `context` tokens of window, targets included."""
+
+    context: int
+    state: CellState
+    nll: float | None
+    ppl: float | None
+    change: float | None  # ppl over that of the shortest context, minus 1
+
+
+class PositionBucket(_Row):
+    """Targets at positions start..end-1 of one forward; text difficulty differs between buckets."""
+
+    start: int
+    end: int
+    nll: float
+    ppl: float
+
+
+class PlainPerplexity(_Row):
+    context: int
+    nll: float
+    ppl: float
+
+
+class Perplexity(_Row):
+    text: Text
+    targets: int
+    plain: PlainPerplexity | None
+    by_context: list[ContextPoint]
+    by_position: list[PositionBucket]
+
+
+class AgreementBucket(_Row):
+    """Positions start..end-1, or all of one path. KL is KL(reference || artifact) in nats."""
+
+    start: int
+    end: int
+    mean_kl: float
+    p99_kl: float
+    top1: float
+    nll: float
+    reference_nll: float
+
+
+class Agreement(_Row):
+    reference: str
+    reference_sha256: str
+    tokens: int
+    prefill: AgreementBucket
+    by_position: list[AgreementBucket]
+    decode: AgreementBucket | None  # through the quantized KV cache, token by token
+    ppl_increase: float  # artifact over reference on the same tokens, minus 1
+
+
+class Cost(_Row):
+    """One context of `length` tokens. Peak is device memory on a GPU, resident memory of the process on a CPU."""
+
+    length: int
+    state: CellState
+    prefill_seconds: float | None = None
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    peak_bytes: int | None = None
+    kv_bytes_per_token: float | None = None
+
+
+class Claim(_Row):
+    """`validated` is None when no length earns the claim; `rule` says in words what was asked."""
+
+    validated: int | None
+    short_length: int | None
+    short_score: float | None
+    rule: str
+
+
+class Check(_Row):
+    name: str
+    limit: float
+    value: float | None
+    passed: bool
+
+
+class Report(_Row):
+    format: Literal[1] = 1
+    created: str  # ISO 8601, UTC
+    seconds: float
+    artifact: Artifact
+    setup: Setup
+    config: dict[str, Any]
+    haystack: Text
+    needles: Needles | None
+    perplexity: Perplexity | None
+    agreement: Agreement | None
+    cost: list[Cost]
+    kv_bytes_per_token: float  # by formula, for whole pages; `cost` has what was allocated
+    claim: Claim
+    checks: list[Check] = Field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Reads a report.json (or the folder that holds one); UserError names the file and the field at fault."""
+        file = path / REPORT if path.is_dir() else path
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}); run `lcconvert validate` first") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"{file}: {field}: {first['msg']}; run `lcconvert validate` again") from None

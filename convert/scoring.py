@@ -1,0 +1,76 @@
+"""What counts as a found needle. Two rules side by side, because each alone misleads.
+
+`contains` is RULER's `all` rule: the share of the references that occur anywhere in the answer, lower-cased. It is
+comparable with published tables, but a model that lists every number it saw scores. `strict` looks at the first k
+candidates only (k = number of references) and compares whole words, so listing and running digits together do not
+score. The outcome names why an answer failed, since an answer cut by the output cap is not a wrong answer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["correct", "wrong", "empty", "hit_cap", "error"]
+OUTCOMES: tuple[Outcome, ...] = ("correct", "wrong", "empty", "hit_cap", "error")
+
+_NUMBER = re.compile(r"(?<!\w)\d+(?!\w)")
+_CONTROL = re.compile(r"[\x00-\x1f]")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    contains: float  # share of the references found anywhere in the answer
+    strict: bool  # every reference is among the first k candidates
+    outcome: Outcome  # by the strict rule
+
+
+def candidates(answer: str, *, finished: bool) -> list[str]:
+    """The whole numbers of `answer` in order; one that touches the end counts only if the answer is `finished`."""
+    return [m[0] for m in _NUMBER.finditer(answer) if finished or m.end() < len(answer)]
+
+
+def score(answer: str, references: list[str], *, finish: Literal["stop", "length"]) -> Verdict:
+    """Scores one answer; `finish` is "length" when the output cap cut it off.
+
+    outcome: `correct` by the strict rule; `empty` without visible text; `hit_cap` when the cap came before k candidates
+    were out; else `wrong`.
+    """
+    text = _CONTROL.sub("\n", answer).strip().lower()
+    wanted = [reference.lower() for reference in references]
+    found = candidates(text, finished=True)[: len(wanted)]
+    strict = set(wanted) <= set(found)
+    contains = sum(reference in text for reference in wanted) / len(wanted)
+    outcome: Outcome
+    if strict:
+        outcome = "correct"
+    elif not text:
+        outcome = "empty"
+    elif finish == "length" and len(candidates(text, finished=False)) < len(wanted):
+        outcome = "hit_cap"
+    else:
+        outcome = "wrong"
+    return Verdict(contains, strict, outcome)
+
+
+def decided(answer: str, references: list[str]) -> bool:
+    """True when no further token can change the verdict of `score`: every reference is found and k candidates are out.
+
+    Decoding may stop here; a wrong answer is never decided early, because the `contains` rule still gives it a chance.
+    """
+    text = answer.lower()
+    return all(reference.lower() in text for reference in references) and (
+        len(candidates(text.lstrip(), finished=False)) >= len(references)
+    )
+
+
+def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% Wilson score interval of a proportion, (0, 1) when nothing was asked (E. B. Wilson, 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,79 @@
+"""The settings of `validate`, complete by themselves: what a recipe holds and what the command line fills in.
+
+Kept apart from the work so that `--help` and recipe checking do not import torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.units import parse_count
+
+Tokens = Annotated[int, BeforeValidator(lambda value: parse_count(value, "token count")), Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Thresholds(BaseModel):
+    """Bars that decide the exit code, checked after the report is written; None asks nothing.
+
+    needles_min: share of all needles found by the strict rule, at every length.
+    ppl_max_increase, kl_max (mean, nats) and top1_min compare with the reference, so they need `against`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    needles_min: Share | None = None
+    ppl_max_increase: float | None = None
+    kl_max: float | None = None
+    top1_min: Share | None = None
+
+
+class ValidateConfig(BaseModel):
+    """lengths: needle contexts in tokens, reserved output included; empty asks no needles.
+    depths: 0 is right after the instruction, 1 right before the question. samples: haystacks per length.
+    protocol: "shared" plants all depths in one haystack and prefills it once; "single" uses one haystack per needle.
+    max_new_tokens: output reserved and allowed per answer.
+    perplexity_context: the longest window; 512, 1K, 2K, ... below it are measured too; None measures no perplexity.
+    perplexity_targets: the last tokens of the text, the same in every window.
+    perplexity_text, haystack: a text file or folder; None is the bundled public-domain text.
+    against: a reference checkpoint to compare with on `agreement_tokens` tokens, `decode_tokens` of them decoded.
+    max_seconds: start no further needle context that would end later than this.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lengths: tuple[Tokens, ...] = (1024, 2048, 4096)
+    depths: tuple[Share, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
+    samples: int = Field(1, ge=1)
+    protocol: Literal["shared", "single"] = "shared"
+    max_new_tokens: int = Field(24, ge=8)
+    perplexity_context: Annotated[Tokens, Field(ge=512)] | None = 2048
+    perplexity_targets: int = Field(256, ge=2, le=384)
+    perplexity_text: Path | None = None
+    haystack: Path | None = None
+    against: str | None = None
+    agreement_tokens: Annotated[Tokens, Field(ge=128)] = 2048
+    decode_tokens: int = Field(64, ge=0, le=96)
+    seed: int = 0
+    device: str | None = None
+    max_seconds: float | None = Field(None, gt=0)
+    thresholds: Thresholds = Thresholds()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ValidateConfig:
+        for name in ("lengths", "depths"):
+            values = getattr(self, name)
+            if list(values) != sorted(set(values)):
+                raise UserError(f"{name} is {list(values)}, expected rising values without repetition; reorder them")
+        if not self.lengths and self.perplexity_context is None and self.against is None:
+            raise UserError("nothing is to be measured; give lengths, perplexity_context or against")
+        bars = self.thresholds
+        if self.against is None and (bars.ppl_max_increase, bars.kl_max, bars.top1_min) != (None, None, None):
+            raise UserError("thresholds on perplexity increase, KL or top-1 need a reference; set `against`")
+        if not self.lengths and bars.needles_min is not None:
+            raise UserError("threshold needles_min is set but lengths is empty; give lengths")
+        return self
