@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -17,9 +18,11 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
     triton = None
     tl = None
+    TensorDescriptor = None
 
 jit: Callable[..., Any] = triton.jit if triton is not None else lambda function: function
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -50,3 +53,32 @@ def use_triton(tensor: torch.Tensor) -> bool:
             raise RuntimeError("Triton was forced but needs a CUDA tensor, or TRITON_INTERPRET=1 set before import")
         return True
     return _forced is None and triton is not None and tensor.is_cuda
+
+
+def dot_dtype(tensor: torch.Tensor) -> Any:
+    """The Triton type matrix products of this tensor's values run in, or None where only PyTorch should do them.
+
+    Float32 products on a GPU would need other tile sizes for no user; the interpreter multiplies bfloat16 wrongly.
+    """
+    if interpreted:
+        return tl.float16 if tensor.dtype == torch.float16 else tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(tensor.dtype)
+
+
+def descriptor(x: torch.Tensor, block: list[int]) -> Any:
+    """A tensor-memory descriptor of x [T, heads, D] seen as [T, heads * D], read and written in `block` pieces.
+
+    Reads past the end are zeros and writes past it are dropped. Offsets are 64-bit in hardware.
+    """
+    rows, heads, d = x.shape
+    assert x.stride(2) == 1
+    assert x.stride(1) == d or heads == 1, f"heads must be adjacent, strides {x.stride()}"
+    assert x.data_ptr() % 16 == 0
+    assert x.stride(0) * x.element_size() % 16 == 0, f"rows must start on 16 bytes, strides {x.stride()}"
+    return TensorDescriptor(x, [rows, heads * d], [x.stride(0), 1], block)
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 2 under the interpreter, so that work is still split."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lcconvert.kernels.backend import LOG2E, descriptor, dot_dtype, jit, tl, use_triton
+
 BLOCK = 128  # queries in a tile, keys in a block
 
 
@@ -53,7 +55,10 @@ def block_sparse_attention(
     tiles = -(-queries // BLOCK)
     assert blocks.index.shape[:2] == blocks.count.shape == (heads, tiles), f"lists {tuple(blocks.index.shape)}"
     assert blocks.index.dtype == blocks.count.dtype == torch.int32
-    return block_sparse_attention_torch(q, k, v, blocks, q_offset, d**-0.5 if scale is None else scale)
+    scale = d**-0.5 if scale is None else scale
+    if use_triton(q) and dot_dtype(q) is not None and d in (16, 32, 64, 128):
+        return _block_sparse_attention_triton(q, k, v, blocks, q_offset, scale)
+    return block_sparse_attention_torch(q, k, v, blocks, q_offset, scale)
 
 
 def block_sparse_attention_torch(
@@ -105,3 +110,61 @@ def _blocked(x: torch.Tensor, blocks: int) -> torch.Tensor:
     out = x.new_zeros(heads, blocks * BLOCK, d)
     out[:, :keys] = x.transpose(0, 1)
     return out.view(heads * blocks, BLOCK, d)
+
+
+@jit
+def _prefill_kernel(
+    q_desc, k_desc, v_desc, o_desc, index, count, tiles, width, first_block, scale_log2,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    # Longest rows first; a KV head's query heads are neighbours, so that they find its blocks in the L2 cache.
+    head = tl.program_id(0) % HEADS
+    tile = tiles - 1 - tl.program_id(0) // HEADS
+    row = head.to(tl.int64) * tiles + tile
+    listed = index + row * width
+    kv_column = (head // GROUP) * D
+    q = q_desc.load([tile * BLOCK, head * D]).to(DOT)  # [BLOCK, D]; rows past the end read as zeros
+    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK, D], tl.float32)
+    for i in range(tl.load(count + row) - 1):
+        start = tl.load(listed + i) * BLOCK
+        k = k_desc.load([start, kv_column]).to(DOT)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        new_best = tl.maximum(best, tl.max(scores, 1) * scale_log2)
+        p = tl.math.exp2(scores * scale_log2 - new_best[:, None])
+        shrink = tl.math.exp2(best - new_best)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        v = v_desc.load([start, kv_column]).to(DOT)
+        acc = tl.dot(p.to(DOT), v, acc, input_precision="ieee")
+        best = new_best
+    # The diagonal block, causal. Keys past the end read as zeros and are later than every real query.
+    start = (first_block + tile) * BLOCK
+    k = k_desc.load([start, kv_column]).to(DOT)
+    v = v_desc.load([start, kv_column]).to(DOT)
+    position = tl.arange(0, BLOCK)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.where(position[:, None] >= position[None, :], scores, -float("inf"))
+    new_best = tl.maximum(best, tl.max(scores, 1) * scale_log2)
+    p = tl.math.exp2(scores * scale_log2 - new_best[:, None])
+    shrink = tl.math.exp2(best - new_best)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee")
+    o_desc.store([tile * BLOCK, head * D], (acc / total[:, None]).to(o_desc.dtype))
+
+
+def _block_sparse_attention_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockLists, q_offset: int, scale: float
+) -> torch.Tensor:
+    queries, heads, d = q.shape
+    tiles = blocks.count.shape[1]
+    assert blocks.index.is_contiguous()
+    assert blocks.count.is_contiguous()
+    out = torch.empty((queries, heads, d), dtype=q.dtype, device=q.device)
+    _prefill_kernel[(tiles * heads,)](
+        *(descriptor(x, [BLOCK, d]) for x in (q, k, v, out)),
+        blocks.index, blocks.count, tiles, blocks.index.shape[2], q_offset // BLOCK, scale * LOG2E,
+        HEADS=heads, GROUP=heads // k.shape[1], D=d, BLOCK=BLOCK, DOT=dot_dtype(q), num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return out
