@@ -1,4 +1,4 @@
-"""GGUF files: what we read from one equals what transformers reads from it, and a bad one is refused in one sentence."""
+"""GGUF files: what we read from one equals what transformers reads from it, and a bad one is refused."""
 
 from __future__ import annotations
 
