@@ -17,13 +17,14 @@ from itertools import pairwise
 
 from lcconvert.convert.corpus import Corpus
 from lcconvert.convert.words import key_names
+from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.tokenizer import Tokenizer
 
 _TOKENS_PER_FACT = 384  # one planted fact for so many tokens of window
 _MOST_FACTS = 64
 _MOST_QUESTIONS = 24
 
-# topic, fact, question for one key, question for several keys, question for all values, answer
+# fact, question for one key, for several keys, for all values of a key; short answer
 _TOPICS = (
     (
         "The clerk filed the {key} under reference {value}.",
@@ -47,10 +48,10 @@ _TOPICS = (
         "Shelf {value}",
     ),
     (
-        "In the register, {key} is entered with the mark {value}.",
-        "Which mark is entered for {key} in the register?",
-        "Which marks are entered in the register for {keys}, in this order?",
-        "All marks entered for {key} in the register, please.",
+        "On the guest list, the {key} is ticked off with {value}.",
+        "What is the {key} ticked off with on the guest list?",
+        "What are the {keys} ticked off with on the guest list, in this order?",
+        "With which figures is the {key} ticked off on the guest list?",
         "{value}",
     ),
     (
@@ -61,6 +62,7 @@ _TOPICS = (
         "The label is {value}",
     ),
 )
+_INTROS = ("", "Study this material; a quiz follows.\n\n", "Here is a file with odd remarks scattered through it.\n\n")
 _CHAIN = (
     ("Jar {name} was filled with {value} beads.", "Jar {name} was then given as many beads as jar {other}."),
     ("Team {name} finished with {value} points.", "Team {name} finished level with team {other}."),
@@ -71,8 +73,9 @@ _FAMILIES = {"one fact": 2, "one of many": 4, "all values": 2, "several keys": 2
 
 @dataclass(frozen=True)
 class Puzzle:
-    """Facts to plant, in order, and the (question, answer) turns that follow the text."""
+    """What stands before the text, the facts to plant in order, and the (question, answer) turns that follow."""
 
+    intro: str
     facts: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]
 
@@ -91,14 +94,12 @@ def make_puzzle(facts: int, rng: random.Random) -> Puzzle:
     (family,) = rng.choices(list(_FAMILIES), weights=list(_FAMILIES.values()))
     if family == "chain" and facts >= 2:
         return _chain(facts, rng)
-    topic = rng.choice(_TOPICS)
-    fact, ask_one, ask_many, ask_all, answer = topic
+    fact, ask_one, ask_many, ask_all, answer = rng.choice(_TOPICS)
     if family == "one fact":
         facts = 1
     repeats = rng.randint(2, 4) if family == "all values" and facts >= 2 else 1
     keys = rng.sample(key_names("train"), max(1, facts // repeats))
-    values = {key: [_number(rng) for _ in range(repeats)] for key in keys}
-    planted = [(key, value) for key in keys for value in values[key]]
+    planted = list(zip([key for key in keys for _ in range(repeats)], _numbers(len(keys) * repeats, rng)))
     rng.shuffle(planted)
     values = {key: [value for other, value in planted if other == key] for key in keys}  # in the text's order
     asked = rng.sample(keys, min(len(keys), _MOST_QUESTIONS))
@@ -112,9 +113,12 @@ def make_puzzle(facts: int, rng: random.Random) -> Puzzle:
             turns.append((question.format(**named), ", ".join(values[key][0] for key in group) + "."))
     else:
         question = ask_all if repeats > 1 else ask_one
+        sentence = repeats == 1 and rng.random() < 0.5  # answer by the fact itself, or shortly
         for key in asked:
-            turns.append((question.format(key=key), answer.format(key=key, value=", ".join(values[key])) + "."))
-    return Puzzle(tuple(fact.format(key=key, value=value) for key, value in planted), tuple(turns))
+            value = ", ".join(values[key])
+            said = fact.format(key=key, value=value) if sentence else answer.format(key=key, value=value) + "."
+            turns.append((question.format(key=key), said))
+    return Puzzle(rng.choice(_INTROS), tuple(fact.format(key=key, value=value) for key, value in planted), tuple(turns))
 
 
 def _chain(facts: int, rng: random.Random) -> Puzzle:
@@ -123,7 +127,7 @@ def _chain(facts: int, rng: random.Random) -> Puzzle:
     chains = max(1, facts // 4)
     names = rng.sample(key_names("train"), facts)
     stories = [names[i::chains] for i in range(chains)]
-    values = [_number(rng) for _ in stories]
+    values = _numbers(len(stories), rng)
     planted = []
     for story, value in zip(stories, values):
         lines = [first.format(name=story[0], value=value)]
@@ -132,12 +136,20 @@ def _chain(facts: int, rng: random.Random) -> Puzzle:
     turns = [(_CHAIN_QUESTION[kind].format(value=value), _join(story) + ".") for story, value in zip(stories, values)]
     rng.shuffle(turns)
     # stable sort: a link never comes before the one it refers to
-    return Puzzle(tuple(line for _, line in sorted(planted, key=lambda item: item[0])), tuple(turns[:_MOST_QUESTIONS]))
+    return Puzzle(
+        rng.choice(_INTROS),
+        tuple(line for _, line in sorted(planted, key=lambda item: item[0])),
+        tuple(turns[:_MOST_QUESTIONS]),
+    )
 
 
-def _number(rng: random.Random) -> str:
-    digits = rng.randint(4, 8)
-    return str(rng.randint(10 ** (digits - 1), 10**digits - 1))
+def _numbers(count: int, rng: random.Random) -> list[str]:
+    """Distinct numbers of 4 to 8 digits."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        digits = rng.randint(4, 8)
+        found[str(rng.randint(10 ** (digits - 1), 10**digits - 1))] = None
+    return list(found)
 
 
 def _join(names: Sequence[str]) -> str:
@@ -157,7 +169,8 @@ def retrieval_sample(tokenizer: Tokenizer, corpus: Corpus, *, start: int, length
         room = length - len(head) - sum(map(len, planted)) - sum(len(ids) for ids, _ in tail)
         if room > length // 4:
             break
-        assert facts > 1, f"{length} tokens cannot hold one fact and its question"
+        if facts == 1:
+            raise UserError(f"seq_len {length} cannot hold a planted fact and its question; use a longer seq_len")
         facts //= 2
     text, cuts = corpus.window(start, room)
     cuts = cuts or [0]
@@ -186,11 +199,11 @@ def _frame(tokenizer: Tokenizer, puzzle: Puzzle) -> tuple[list[int], list[tuple[
     """
     if not tokenizer.has_chat_template:
         turns = [(tokenizer.encode(f"\n\nQuestion: {q}\nAnswer:"), tokenizer.encode(f" {a}")) for q, a in puzzle.turns]
-        return [], [(ids, i == 1) for turn in turns for i, ids in enumerate(turn)]
+        return tokenizer.encode(puzzle.intro), [(ids, i == 1) for turn in turns for i, ids in enumerate(turn)]
     slots = [f"<<slot{i}>>" for i in range(1 + len(puzzle.turns))]  # where the text and the answers go
     messages: list[dict[str, str]] = []
     for i, (question, _) in enumerate(puzzle.turns):
-        asked = f"{slots[0]}\n\n{question}" if i == 0 else question
+        asked = f"{puzzle.intro}{slots[0]}\n\n{question}" if i == 0 else question
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": slots[i + 1]}]
     rendered = tokenizer.chat(messages, add_generation_prompt=False)
     head, rendered = rendered.split(slots[0], 1)
