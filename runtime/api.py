@@ -57,6 +57,7 @@ class _Api:
 
     def __init__(self, engine: Engine, model_name: str, api_key: str | None, keep_alive: float) -> None:
         self.engine = engine
+        self.tokenizer = engine.tokenizer
         self.model_name = model_name
         self.keep_alive = keep_alive
         self.started = time.time()
@@ -113,23 +114,24 @@ class _Api:
 
     async def chat(self, request: Request) -> Response:
         self._authorize(request)
-        asked = parse_request(ChatRequest, await self._body(request))
+        body = await self._body(request)
+        asked = await self._in_thread(lambda: parse_request(ChatRequest, body))
         self._check_model(asked.model)
-        tokenizer = self.engine.tokenizer
-        if not tokenizer.has_chat_template:
+        if not self.tokenizer.has_chat_template:
             raise ApiError(400, f"{self.model_name} has no chat template; use /v1/completions", code="no_chat_template")
         messages = [message.for_template() for message in asked.messages]
-        ids = await self._in_thread(lambda: tokenizer.encode_chat(messages))
+        ids = await self._in_thread(lambda: self.tokenizer.encode_chat(messages))
         return await self._answer(request, asked, ids, DEFAULT_CHAT_TOKENS, ChatAnswer(self.model_name))
 
     async def completions(self, request: Request) -> Response:
         self._authorize(request)
-        asked = parse_request(CompletionRequest, await self._body(request))
+        body = await self._body(request)
+        asked = await self._in_thread(lambda: parse_request(CompletionRequest, body))
         self._check_model(asked.model)
         prompt = asked.prompt
         if isinstance(prompt, str):
             text = prompt
-            ids = await self._in_thread(lambda: self.engine.tokenizer.encode(text, add_special=True))
+            ids = await self._in_thread(lambda: self.tokenizer.encode(text, add_special=True))
         else:
             ids = prompt
             if (worst := max(ids, default=0)) >= (size := self.engine.spec.vocab_size):
@@ -195,9 +197,8 @@ class _Api:
         except Rejected as error:
             raise ApiError(503, str(error), code="overloaded", kind="server_error") from None
         if asked.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             events = self._stream(job, asked, answer)
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            return _EventStream(events, lambda: self.worker.cancel(job, ClientLeft("the stream is over")))
         watch = asyncio.create_task(self._watch(request, job))
         try:
             return JSONResponse(await self._collect(job, asked, answer))
@@ -227,7 +228,7 @@ class _Api:
                 return answer.whole(text, event.finish, logprobs, usage_body(len(job.ids), count))
 
     async def _stream(self, job: Job, asked: ChatRequest | CompletionRequest, answer: ChatAnswer) -> AsyncIterator[str]:
-        """Server-sent events. Starlette cancels this generator when the client hangs up."""
+        """Server-sent events, ended by [DONE] or by an error."""
         count, finish = 0, None
         # OpenAI: with include_usage every chunk has the field, null until the last.
         extra = {"usage": None} if asked.include_usage else {}
@@ -252,11 +253,9 @@ class _Api:
             yield "data: [DONE]\n\n"
         except Exception as error:
             yield _sse(_as_api_error(error).body)
-        finally:
-            self.worker.cancel(job, ClientLeft("the stream is over"))
 
     def _logprob(self, piece: Piece) -> TokenLogprob:
-        return TokenLogprob(self.engine.tokenizer.decode([piece.token], skip_special=False), piece.logprob)
+        return TokenLogprob(self.tokenizer.decode([piece.token], skip_special=False), piece.logprob)
 
 
 def _wanted_logprobs(asked: ChatRequest | CompletionRequest) -> list[TokenLogprob] | None:
@@ -264,7 +263,23 @@ def _wanted_logprobs(asked: ChatRequest | CompletionRequest) -> list[TokenLogpro
 
 
 def _sse(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    # ASCII, because some clients take U+2028 and its like for the end of a line
+    return f"data: {json.dumps(body, allow_nan=False)}\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """`at_end` is called however the response ends, also when the client leaves before the first event."""
+
+    def __init__(self, events: AsyncIterator[str], at_end: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._at_end = at_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._at_end()
 
 
 # Errors and counting

@@ -75,7 +75,7 @@ class Job:
         """The next event, or None after `timeout` seconds without one. Raises what ended the job early."""
         try:
             event = await asyncio.wait_for(self._events.get(), timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return None
         if isinstance(event, Exception):
             raise event
@@ -239,6 +239,8 @@ class Worker:
         with self._wake:
             self._running.append(run)
             self._metrics.running.set(len(self._running))
+            if self._stopping:  # since this job left the queue
+                job.cancel(Stopped("the server is stopping"))
         self._step(run)
 
     def _between_layers(self, job: Job) -> Callable[[int, int], None]:

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import CONTEXT, MODEL, running, tiny_engine
 
+from lcconvert.runtime.api import make_app
 from lcconvert.runtime.engine import Engine
+from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.protocol import ApiError, ChatRequest, CompletionRequest, parse_request
 from lcconvert.runtime.sampler import SamplingParams
 
@@ -290,6 +292,15 @@ def test_a_failing_engine_is_a_500_that_tells_nothing_and_the_server_lives(clien
         with pytest.raises(openai.APIError, match="failed on this request"):
             list(client.chat.completions.create(**ask, stream=True))
     assert client.chat.completions.create(**ask).usage.completion_tokens == 2
+
+
+def test_a_model_without_tokenizer_or_chat_template(engine, http, monkeypatch) -> None:
+    monkeypatch.setattr(engine.tokenizer, "_templates", {})
+    response = http.post("/v1/chat/completions", json={"messages": HELLO})
+    assert response.json()["error"]["code"] == "no_chat_template"
+    monkeypatch.setattr(engine, "_tokenizer", None)
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        make_app(engine, model_name=MODEL)
 
 
 def test_api_key(engine) -> None:

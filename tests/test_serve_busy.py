@@ -120,11 +120,20 @@ def test_a_client_that_leaves_during_prefill_stops_the_work(http, url, engine, s
     eventually(lambda: gone in http.get("/metrics").text)
 
 
+def test_clients_that_leave_at_once_leave_nothing_behind(http, url, engine) -> None:
+    with Held(engine):
+        for number in range(20):
+            raw_request(url, {"prompt": long_prompt(), "stream": number % 2 == 0}).close()
+        eventually(lambda: 'path="/v1/completions"' in http.get("/metrics").text)
+        eventually(lambda: state(http) == (0, 0))
+
+
 def test_a_client_that_leaves_during_decode_stops_the_work(http, url, engine) -> None:
     with httpx.Client(base_url=url, timeout=30) as leaver:
         body = {"prompt": "on and on", "max_tokens": 1500, "stream": True, "temperature": 0}
         with leaver.stream("POST", "/v1/completions", json=body) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # letting go of it closes the connection
+            next(lines)
             assert state(http) == (1, 0)
     eventually(lambda: state(http) == (0, 0))
     assert 'status="499"' in http.get("/metrics").text
