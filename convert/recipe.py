@@ -40,7 +40,7 @@ class Recipe(BaseModel):
     source: str
     extend: ExtendConfig
     quantize: QuantizeConfig
-    validation: ValidateConfig
+    validation: ValidateConfig = Field(alias="validate")
     serve: ServeCheck | None = None
 
 
@@ -78,5 +78,4 @@ def load_recipe(name: str) -> Recipe:
             if not isinstance(data[table], dict):
                 raise UserError(f"recipe {name}: {table} is {data[table]!r}, expected a table [{table}]")
             data[table] = make_config(kind, data[table], f"recipe {name}: [{table}]")
-    data["validation"] = data.pop("validate", None)
     return make_config(Recipe, data, f"recipe {name}")

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from lcconvert.runtime.errors import UserError
 
 
 def run_recipe(name: str, out: Path) -> dict[str, Any]:
-    """Runs every stage of the recipe into `out` and returns {"artifact", "report", "answer", "table"}.
+    """Runs every stage of the recipe into `out`; returns artifact, report, answer and table, also in OUT/result.json.
 
     Interrupted anywhere, the same command goes on where it stopped.
     """
@@ -39,27 +40,31 @@ def run_recipe(name: str, out: Path) -> dict[str, Any]:
     extended, final = out / "extended", out / recipe.quantize.variant
     log.stage("extend", [recipe.extend], [source], extended, lambda: extend(source, extended, recipe.extend))
     log.stage("quantize", [recipe.quantize], [extended], final, lambda: quantize(str(extended), final, recipe.quantize))
-    subjects = {"source": source, "extended": str(extended), recipe.quantize.variant: str(final)}
     reports = {}
-    for label, subject in subjects.items():
-        folder = out / "validation" / label
-        against = None if label == "source" else str(extended) if label != "extended" else source
-        config = recipe.validation.model_copy(update={"against": against})
-        log.stage(
-            f"validate {label}",
-            [config],
-            [subject, *([against] if against else [])],
-            folder,
-            lambda subject=subject, folder=folder, config=config: validate(subject, folder, config),
-        )
+    for label, subject, against in (
+        ("source", source, None),
+        ("extended", extended, source),
+        (recipe.quantize.variant, final, extended),
+    ):
+        folder = out / "validation" if label == "source" else Path(subject) / "validation"
+        config = recipe.validation.model_copy(update={"against": None if against is None else str(against)})
+        inputs = [subject] if against is None else [subject, against]
+        log.stage(f"validate {label}", [config], inputs, folder, partial(validate, str(subject), folder, config))
         reports[label] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     answer = None
     if recipe.serve is not None:
         served = out / "served.json"
         log.stage("serve", [recipe.serve], [final], served, lambda: serve_once(final, served, recipe.serve))
         answer = json.loads(served.read_text(encoding="utf-8"))
-    report = out / "validation" / recipe.quantize.variant / "report.html"
-    return {"artifact": final, "report": report, "answer": answer, "table": comparison_table(reports)}
+    result = {
+        "recipe": recipe.name,
+        "artifact": str(final),
+        "report": str(final / "validation" / "report.html"),
+        "answer": answer,
+        "table": comparison_table(reports),
+    }
+    write_json(out / "result.json", result)
+    return result
 
 
 def render_result(result: dict[str, Any]) -> str:
@@ -108,9 +113,14 @@ class RunLog:
 
     def _stamp(self, name: str, key: str, output: Any) -> None:
         self.stamps[name] = {"key": key, "output": output}
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"recipe": self.recipe, "stamps": self.stamps}, indent=2), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_json(self.path, {"recipe": self.recipe, "stamps": self.stamps})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` in one step."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def state(subject: str | Path) -> Any:

@@ -18,11 +18,11 @@ def make_config(kind: type[M], values: Mapping[str, Any], where: str) -> M:
     try:
         return kind(**given)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo explains what is missing
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             owner: Any = kind
-            known = ", ".join(owner.model_fields)
+            known = ", ".join(info.alias or name for name, info in owner.model_fields.items())
             raise UserError(f"{where}: unknown key {field!r}; known keys are {known}") from None
         if first["type"] == "missing":
             raise UserError(f"{where}: {field} is missing; add it") from None

@@ -22,7 +22,7 @@ variant = "flash"
 samples = 1
 length = 512
 [validate]
-lengths = [512]
+lengths = [1536]
 depths = [0.5]
 max_new_tokens = 16
 perplexity_context = 512
@@ -71,10 +71,11 @@ def test_a_run_skips_what_is_done_and_redoes_what_changed(tmp_path: Path, capsys
     assert "up to date" not in log
     assert first["answer"]["usage"]["completion_tokens"] <= 4
     text = render_result(first)
-    for label in ("source", "extended", "flash"):
+    for label, folder in (("source", out), ("extended", out / "extended"), ("flash", out / "flash")):
         assert label in text
-        assert json.loads((out / "validation" / label / "report.json").read_text())
+        assert json.loads((folder / "validation" / "report.json").read_text())
     assert (out / "flash" / "lcconvert.json").is_file()
+    assert json.loads((out / "result.json").read_text()) == first
 
     run_recipe(str(recipe), out)
     log = capsys.readouterr().err

@@ -1,0 +1,66 @@
+"""Checkpoints side by side, from their reports alone: what was gained and what it cost.
+
+Rows are plain values (None: not measured); `render_table` is the terminal view. The source comes first by the caller's
+order, and nothing is marked as better: a smaller file that finds fewer needles is for the reader to judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lcconvert.convert.results import Report
+from lcconvert.runtime.units import format_bytes, format_count
+
+_WINDOW = 2048  # tokens of the perplexity column
+
+
+def comparison_table(reports: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per labelled report (a dict of the schema results.Report), in the given order.
+
+    Keys: checkpoint, perplexity_2k (plain, one forward), found and asked (strict, all lengths), by_length ({length:
+    "found/asked"}), validated (tokens), bytes_on_disk, kv_bytes_per_token (formula).
+    """
+    return [_row(label, Report.model_validate(report)) for label, report in reports.items()]
+
+
+def _row(label: str, report: Report) -> dict[str, Any]:
+    plain = report.perplexity.plain if report.perplexity else None
+    measured = [row for row in report.needles.by_length if row.n] if report.needles else []
+    return {
+        "checkpoint": label,
+        "perplexity_2k": plain.ppl if plain and plain.context == _WINDOW else None,
+        "found": sum(row.strict for row in measured) if measured else None,
+        "asked": sum(row.n for row in measured),
+        "by_length": {row.length: f"{row.strict}/{row.n}" for row in measured},
+        "validated": report.claim.validated,
+        "bytes_on_disk": report.artifact.bytes,
+        "kv_bytes_per_token": report.kv_bytes_per_token,
+    }
+
+
+def render_table(rows: list[dict[str, Any]]) -> str:
+    """Aligned plain text, a line per checkpoint; needle columns are the union of the lengths."""
+    lengths = sorted({length for row in rows for length in row["by_length"]})
+    head = ["checkpoint", "perplexity 2K", *(f"needles {format_count(n)}" for n in lengths)]
+    head += ["validated to", "size on disk", "KV bytes/token"]
+    lines = [head]
+    for row in rows:
+        ppl, validated = row["perplexity_2k"], row["validated"]
+        lines.append(
+            [
+                row["checkpoint"],
+                "-" if ppl is None else f"{ppl:.2f}" if ppl < 1e5 else f"{ppl:.2e}",
+                *(row["by_length"].get(n, "-") for n in lengths),
+                "-" if validated is None else format_count(validated),
+                format_bytes(row["bytes_on_disk"]),
+                f"{row['kv_bytes_per_token']:,.0f}",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+
+    def draw(line: list[str]) -> str:
+        first, rest = line[0].ljust(widths[0]), (text.rjust(width) for text, width in zip(line[1:], widths[1:]))
+        return "  ".join((first, *rest)).rstrip()
+
+    return "\n".join([draw(head), "  ".join("-" * width for width in widths), *map(draw, lines[1:])])
