@@ -73,7 +73,7 @@ def train(
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
     if accelerator.num_processes > 1:
         raise UserError(f"extend was started in {accelerator.num_processes} processes; start it without a launcher")
-    identity = json.loads(json.dumps({**config.training_identity(), "data": corpus.sha256, "source": source}))
+    identity = json.loads(json.dumps({**config.training_identity(), "text": corpus.sha256, "source": source}))
     optimizer = torch.optim.AdamW(_weight_groups(decoder, config.weight_decay), betas=(0.9, 0.95))
     decoder.train()
     model, optimizer = accelerator.prepare(LossModule(decoder, config.gradient_checkpointing), optimizer)

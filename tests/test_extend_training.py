@@ -1,0 +1,190 @@
+"""Fine-tuning: it learns, it resumes number for number after a kill, and it stops cleanly on Ctrl-C and NaN."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import write_tiny
+
+from lcconvert.convert import trainer
+from lcconvert.convert.corpus import Corpus
+from lcconvert.convert.extend import ExtendConfig, Stage, extend
+from lcconvert.convert.rows import StageRows
+from lcconvert.convert.trainer import LossModule, learning_rate
+from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
+from lcconvert.runtime.model import load_decoder
+from lcconvert.runtime.sidecar import Sidecar
+from lcconvert.runtime.source import FolderSource
+from lcconvert.runtime.tokenizer import Tokenizer
+
+STAGES = (
+    Stage(steps=5, seq_len=512, batch_size=2, lr=3e-3, warmup=1),
+    Stage(steps=4, seq_len=768, accumulate=2, lr=1e-3),
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    write_tiny(folder / "source")
+    (folder / "text").mkdir()
+    for i in range(6):
+        lines = (f"On day {j} the {'river' if i % 2 else 'wind'} was {j * i % 7} feet high.\n\n" for j in range(60))
+        (folder / "text" / f"{i}.txt").write_text("".join(lines))
+    return folder
+
+
+def config(work: Path, **overrides: Any) -> ExtendConfig:
+    values: dict[str, Any] = {"context": "64k", "data": (str(work / "text"),), "stages": STAGES, "save_every": 2}
+    return ExtendConfig(**{**values, "device": "cpu", **overrides})
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """The loss log without the one column that may differ between runs."""
+    rows = [json.loads(line) for line in (folder / "training" / "loss.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(work: Path) -> Path:
+    """One uninterrupted run."""
+    return extend(str(work / "source"), work / "whole", config(work))
+
+
+KILLED_AT_STEP_5 = """
+import os, signal, sys
+from pathlib import Path
+from lcconvert.convert import trainer
+from lcconvert.convert.extend import ExtendConfig, extend
+
+class Killing(trainer.TrainingLog):
+    def add(self, **row):
+        super().add(**row)
+        if row["step"] == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.TrainingLog = Killing
+extend(sys.argv[1], Path(sys.argv[2]), ExtendConfig.model_validate_json(sys.argv[3]))
+"""
+
+
+def test_what_a_training_leaves(work: Path, whole: Path) -> None:
+    rows = curve(whole)
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert [row["stage"] for row in rows] == [0] * 5 + [1] * 4
+    assert rows[4]["tokens"] == 5 * 2 * 512
+    assert rows[-1]["tokens"] == 5 * 2 * 512 + 4 * 2 * 768
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    assert (whole / "training" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not [path.name for path in whole.iterdir() if path.name.startswith(trainer.STATE)]
+    assert not (work / "whole.partial").exists()
+    provenance = Sidecar.read(FolderSource(whole)).provenance
+    assert provenance["training"]["steps"] == 9
+    assert provenance["config"]["method"] == "theta"  # the default when training
+    source, trained = FolderSource(work / "source"), FolderSource(whole)
+    assert all(not torch.equal(trained.tensor(n), source.tensor(n).bfloat16()) for n in source.names() if "proj" in n)
+
+
+def test_it_learns(work: Path) -> None:
+    steps = config(
+        work, stages=(Stage(steps=30, seq_len=512, batch_size=2, lr=3e-3, retrieval_share=0.0),), save_every=0
+    )
+    rows = curve(extend(str(work / "source"), work / "learnt", steps))
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+
+
+def test_killed_and_resumed_is_the_same_curve(work: Path, whole: Path) -> None:
+    arguments = [str(work / "source"), str(work / "killed"), config(work).model_dump_json(exclude={"steps"})]
+    process = subprocess.run([sys.executable, "-c", KILLED_AT_STEP_5, *arguments], stderr=subprocess.DEVNULL)
+    assert process.returncode == -signal.SIGKILL
+    assert trainer.saved_step(work / "killed.partial") == 4
+    assert len(curve(work / "killed.partial")) == 5  # one line more than the checkpoint: it is cut off
+    resumed = extend(str(work / "source"), work / "killed", config(work))
+    assert curve(resumed) == curve(whole)
+    for name in FolderSource(whole).names():
+        assert torch.equal(FolderSource(resumed).tensor(name), FolderSource(whole).tensor(name))
+
+
+def test_ctrl_c_saves_at_the_border_and_says_how_to_resume(
+    work: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopping(trainer.TrainingLog):
+        def add(self, **row: Any) -> None:
+            super().add(**row)
+            if row["step"] in (3, 7):  # within the first and the second stage
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "TrainingLog", Stopping)
+        for step in (3, 7):
+            with pytest.raises(Interrupted, match=rf"stopped after step {step} of 9, .* repeat the same command"):
+                extend(str(work / "source"), work / "stopped", config(work))
+            assert trainer.saved_step(work / "stopped.partial") == step
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(UserError, match="another seed"):
+        extend(str(work / "source"), work / "stopped", config(work, seed=1))
+    assert trainer.saved_step(work / "stopped.partial") == 7
+    assert curve(extend(str(work / "source"), work / "stopped", config(work))) == curve(whole)
+
+
+def test_nan_stops_and_names_the_step(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    plain = trainer.weighted_cross_entropy
+
+    def failing(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return plain(*args) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(trainer, "weighted_cross_entropy", failing)
+    with pytest.raises(CheckFailed, match=r"loss at step 4 is not finite; the checkpoint of step 2 is kept"):
+        extend(str(work / "source"), work / "nan", config(work))
+    assert trainer.saved_step(work / "nan.partial") == 2
+    assert len(curve(work / "nan.partial")) == 3
+
+
+@pytest.fixture(scope="module")
+def batch(work: Path) -> dict[str, torch.Tensor]:
+    tokenizer = Tokenizer.from_files(FolderSource(work / "source").files)
+    corpus = Corpus.read([str(work / "text")], tokenizer, need=10**5, seed=0)
+    stage = Stage(steps=1, batch_size=4, seq_len=700)
+    rows = StageRows(stage, corpus, tokenizer, 2**16, 0, 0, 0)
+    made = [rows[i] for i in range(4)]
+    return {key: torch.stack([row[key] for row in made]) for key in made[0]}
+
+
+def loss_and_gradients(module: LossModule, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    loss = module(batch["ids"], batch["positions"], batch["weights"])
+    return loss.detach(), list(torch.autograd.grad(loss, list(module.parameters())))
+
+
+def test_checkpointing_layers_changes_nothing(work: Path, batch: dict[str, torch.Tensor]) -> None:
+    decoder = load_decoder(FolderSource(work / "source")).train()
+    plain = loss_and_gradients(LossModule(decoder, False), batch)
+    torch.testing.assert_close(loss_and_gradients(LossModule(decoder, True), batch), plain)
+
+
+def test_loss_is_the_mean_of_rows(work: Path, batch: dict[str, torch.Tensor]) -> None:
+    module = LossModule(load_decoder(FolderSource(work / "source")), False)
+    with torch.no_grad():
+        together = module(batch["ids"], batch["positions"], batch["weights"])
+        alone = [module(*(batch[key][i : i + 1] for key in ("ids", "positions", "weights"))) for i in range(4)]
+        logits = module.decoder.logits(module.decoder(batch["ids"], batch["positions"]))[:, :-1]
+    torch.testing.assert_close(together, torch.stack(alone).mean())
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["ids"][:, 1:], reduction="none")
+    torch.testing.assert_close(together, (expected * batch["weights"][:, 1:]).sum() / 4)
+
+
+def test_learning_rate() -> None:
+    stage = Stage(steps=10, lr=1.0, warmup=3)
+    rates = [learning_rate(stage, step) for step in range(10)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
+    assert learning_rate(Stage(steps=1, lr=1.0), 0) == 1.0
