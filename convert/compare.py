@@ -18,8 +18,8 @@ _WINDOW = 2048  # tokens of the perplexity column
 def comparison_table(reports: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per labelled report (a dict of the schema results.Report), in the given order.
 
-    Keys: checkpoint, perplexity_2k (plain, one forward), found and asked (strict, all lengths), by_length ({length:
-    "found/asked"}), validated (tokens), bytes_on_disk, kv_bytes_per_token (formula).
+    Keys: checkpoint, perplexity_2k (plain, one forward), found and asked (strict, all lengths), by_length (a list of
+    {length, found, asked}), validated (tokens), bytes_on_disk, kv_bytes_per_token (formula).
     """
     return [_row(label, Report.model_validate(report)) for label, report in reports.items()]
 
@@ -32,7 +32,7 @@ def _row(label: str, report: Report) -> dict[str, Any]:
         "perplexity_2k": plain.ppl if plain and plain.context == _WINDOW else None,
         "found": sum(row.strict for row in measured) if measured else None,
         "asked": sum(row.n for row in measured),
-        "by_length": {row.length: f"{row.strict}/{row.n}" for row in measured},
+        "by_length": [{"length": row.length, "found": row.strict, "asked": row.n} for row in measured],
         "validated": report.claim.validated,
         "bytes_on_disk": report.artifact.bytes,
         "kv_bytes_per_token": report.kv_bytes_per_token,
@@ -41,17 +41,18 @@ def _row(label: str, report: Report) -> dict[str, Any]:
 
 def render_table(rows: list[dict[str, Any]]) -> str:
     """Aligned plain text, a line per checkpoint; needle columns are the union of the lengths."""
-    lengths = sorted({length for row in rows for length in row["by_length"]})
+    needles = [{at["length"]: f"{at['found']}/{at['asked']}" for at in row["by_length"]} for row in rows]
+    lengths = sorted(set().union(*needles))
     head = ["checkpoint", "perplexity 2K", *(f"needles {format_count(n)}" for n in lengths)]
     head += ["validated to", "size on disk", "KV bytes/token"]
     lines = [head]
-    for row in rows:
+    for row, found in zip(rows, needles):
         ppl, validated = row["perplexity_2k"], row["validated"]
         lines.append(
             [
                 row["checkpoint"],
                 "-" if ppl is None else f"{ppl:.2f}" if ppl < 1e5 else f"{ppl:.2e}",
-                *(row["by_length"].get(n, "-") for n in lengths),
+                *(found.get(n, "-") for n in lengths),
                 "-" if validated is None else format_count(validated),
                 format_bytes(row["bytes_on_disk"]),
                 f"{row['kv_bytes_per_token']:,.0f}",

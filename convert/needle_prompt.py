@@ -17,23 +17,33 @@ from lcconvert.runtime.errors import CheckFailed, UserError
 from lcconvert.runtime.tokenizer import Tokenizer
 
 # Version of the texts below; part of every sample's key. Change it with them.
-WORDING = "registration-1"
+WORDING = "facts-1"
 _INTRO = (
-    "The text below hides the registration numbers of some things among other sentences. "
+    "The text below hides the numbers of some things among other sentences. "
     "Read all of it and remember them, because you will be asked about one of them afterwards.\n\n"
 )
-_NEEDLE = " The registration number of the {key} is {value}."
-_QUESTION = "\n\nWhat is the registration number of the {key} that is given in the text above?"
-_PREFIX = "The registration number of the {key} that is given in the text above is"
+_NEEDLE = " The {subject} is {value}."
+_QUESTION = "\n\nWhat is the {subject}?"
+_PREFIX = "The {subject} is"
+# What a number can be of: needles that share a haystack differ in this too, so that each question is about finding one
+# fact and not about telling near-duplicates apart.
+_KINDS = (
+    "access code", "account number", "flight number", "invoice number", "licence number", "locker number",
+    "order number", "passport number", "policy number", "post code", "project number", "registration number",
+    "room number", "serial number", "ticket number", "membership number",
+)  # fmt: skip
 _PAD = " ."
 _ATTEMPTS = 6
+_TRIED = 400  # names looked at for subjects of equal token count
 
 
 @dataclass(frozen=True)
 class Needle:
-    key: str
+    """A fact to plant. `depth` is where it should lie: 0 right after the instruction, 1 right before the question."""
+
+    subject: str
     value: str
-    depth: float  # where it should lie: 0 right after the instruction, 1 right before the question
+    depth: float
 
 
 @dataclass(frozen=True)
@@ -50,27 +60,37 @@ class Prompt:
 def choose_needles(
     tokenizer: Tokenizer, names: tuple[str, ...], depths: tuple[float, ...], rng: random.Random
 ) -> tuple[list[Needle], Needle]:
-    """One needle per depth and one that will not be planted; 7-digit values; keys share no word.
+    """One needle per depth and one that will not be planted; 7-digit values; no two names share a word.
 
-    All keys cost the same number of tokens, so that every question of a shared haystack has the same length.
+    All subjects cost the same number of tokens, so that every question about a shared haystack has the same length.
     """
-    by_cost: dict[int, list[str]] = {}
-    words: dict[int, set[str]] = {}
+    count = len(depths) + 1
+    kinds = [_KINDS[i % len(_KINDS)] for i in range(count)]
+    rng.shuffle(kinds)
     order = list(names)
     rng.shuffle(order)
-    for name in order:
-        cost = len(tokenizer.encode(f" {name}"))
-        if not words.setdefault(cost, set()) & set(name.split()):
-            words[cost] |= set(name.split())
-            keys = by_cost.setdefault(cost, [])
-            keys.append(name)
-            if len(keys) == len(depths) + 1:
-                break
-    else:
-        raise UserError(f"{len(depths)} depths need {len(depths) + 1} keys of equal length; ask for fewer depths")
-    values = rng.sample(range(1_000_000, 10_000_000), len(keys))
-    needles = [Needle(key, str(value), depth) for key, value, depth in zip(keys, values, (*depths, 0.0))]
+    subjects = _equal_cost(tokenizer, kinds, order)
+    values = rng.sample(range(1_000_000, 10_000_000), count)
+    needles = [Needle(subject, str(value), depth) for subject, value, depth in zip(subjects, values, (*depths, 0.0))]
     return needles[:-1], needles[-1]
+
+
+def _equal_cost(tokenizer: Tokenizer, kinds: list[str], names: list[str]) -> list[str]:
+    """A subject "kind of the name" for each kind, all of one token count, the smallest that works for all."""
+    costs = {(kind, name): 0 for kind in kinds for name in names[:_TRIED]}
+    for kind, name in costs:
+        costs[kind, name] = len(tokenizer.encode(f" {kind} of the {name}"))
+    for cost in sorted(set(costs.values())):
+        subjects, words = [], set[str]()
+        for kind in kinds:
+            name = next((n for n in names[:_TRIED] if costs[kind, n] == cost and not words & set(n.split())), None)
+            if name is None:
+                break
+            subjects.append(f"{kind} of the {name}")
+            words |= set(name.split())
+        else:
+            return subjects
+    raise UserError(f"{len(kinds) - 1} depths need as many subjects of equal token count; ask for fewer depths")
 
 
 def prompt_mode(tokenizer: Tokenizer) -> str:
@@ -87,7 +107,7 @@ def build_prompt(
     questions: list[str],
     start: int,
 ) -> Prompt:
-    """The prompt of `length - reserved` tokens that plants `needles` and asks for each key of `questions`.
+    """The prompt of `length - reserved` tokens that plants `needles` and asks for each subject of `questions`.
 
     `start` is the sentence of `bank` that the haystack begins with. UserError when the frame alone does not fit.
     """
@@ -135,7 +155,7 @@ def _content(
     for sentence, count in [*sentences, ("", 0)]:
         while pending and (not sentence or used >= needles[pending[0]].depth * total):
             i = pending.pop(0)
-            parts.append(_NEEDLE.format(key=needles[i].key, value=needles[i].value))
+            parts.append(_NEEDLE.format(subject=needles[i].subject, value=needles[i].value))
             depths[i] = used / total if total else needles[i].depth
         if sentence:
             parts.append(f" {sentence}")
@@ -143,21 +163,21 @@ def _content(
     # pads stand inside the haystack, before a needle at its very end
     last = len(parts) - 1 if parts and needles and max(n.depth for n in needles) >= 1 else len(parts)
     parts.insert(last, _PAD * pads)
-    return _INTRO + "".join(parts).strip() + _QUESTION.format(key=question), depths
+    return _INTRO + "".join(parts).strip() + _QUESTION.format(subject=question), depths
 
 
-def _text(tokenizer: Tokenizer, content: str, key: str) -> str:
-    prefix = _PREFIX.format(key=key)
+def _text(tokenizer: Tokenizer, content: str, subject: str) -> str:
+    prefix = _PREFIX.format(subject=subject)
     if tokenizer.has_chat_template:
         return tokenizer.chat([{"role": "user", "content": content}]) + prefix
     return f"{content}\n\n{prefix}"
 
 
-def _encode(tokenizer: Tokenizer, content: str, key: str) -> list[int]:
+def _encode(tokenizer: Tokenizer, content: str, subject: str) -> list[int]:
     """The ids a server would see."""
     if tokenizer.has_chat_template:
-        return tokenizer.encode_chat([{"role": "user", "content": content}], prefix=_PREFIX.format(key=key))
-    return tokenizer.encode(_text(tokenizer, content, key), add_special=True)
+        return tokenizer.encode_chat([{"role": "user", "content": content}], prefix=_PREFIX.format(subject=subject))
+    return tokenizer.encode(_text(tokenizer, content, subject), add_special=True)
 
 
 def _cut_to(tokenizer: Tokenizer, sentence: str, room: int) -> str:
@@ -177,15 +197,15 @@ def _split(
     tokenizer: Tokenizer, content: str, ids: list[int], questions: list[str]
 ) -> tuple[list[int], list[list[int]]]:
     """The common context and the tail of each question; the cut lies after the newlines before the question."""
-    stem = content[: content.rindex(_QUESTION.format(key=questions[0]))]
-    contents = [stem + _QUESTION.format(key=key) for key in questions]
-    marks = [_QUESTION.format(key=key).lstrip("\n") for key in questions]
-    texts = [_text(tokenizer, c, key) for c, key in zip(contents, questions)]
+    stem = content[: content.rindex(_QUESTION.format(subject=questions[0]))]
+    contents = [stem + _QUESTION.format(subject=subject) for subject in questions]
+    marks = [_QUESTION.format(subject=subject).lstrip("\n") for subject in questions]
+    texts = [_text(tokenizer, c, subject) for c, subject in zip(contents, questions)]
     tails = [tokenizer.encode(text[text.rindex(mark) :]) for text, mark in zip(texts, marks)]
     if ids[len(ids) - len(tails[0]) :] == tails[0]:
         return ids[: len(ids) - len(tails[0])], tails
     # a vocabulary that does not split there: encode every prompt whole and cut where they first differ
-    wholes = [ids, *(_encode(tokenizer, c, key) for c, key in zip(contents[1:], questions[1:]))]
+    wholes = [ids, *(_encode(tokenizer, c, subject) for c, subject in zip(contents[1:], questions[1:]))]
     common = 0
     while all(len(w) > common + 1 for w in wholes) and len({w[common] for w in wholes}) == 1:
         common += 1

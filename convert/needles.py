@@ -1,10 +1,10 @@
 """Needles at depth x length: plant facts in a long text, ask for them, count what comes back.
 
-Protocol "shared": one haystack a sample holds one needle per depth, each under its own key; the haystack is prefilled
-once and every question is asked from a fork of it. So a column of the heatmap costs one prefill, and the answers read
-the context through the (quantized) KV cache. Protocol "single": one haystack per needle, the classic and k times as
-slow. Keys, values and the haystack's first sentence depend on the sample number only, so a short and a long context
-of the same sample are twins. Every sample also asks for a key that was not planted.
+Protocol "shared": one haystack a sample holds one needle per depth, each a fact of its own kind; the haystack is
+prefilled once and every question is asked from a fork of it. So a column of the heatmap costs one prefill, and the
+answers read the context through the (quantized) KV cache. Protocol "single": one haystack per needle, the classic and
+k times as slow. Subjects, values and the haystack's first sentence depend on the sample number only, so a short and a
+long context of the same sample are twins. Every sample also asks for a subject that was not planted.
 Decoding is greedy and one question at a time; it stops early only when the verdict can no longer change.
 """
 
@@ -44,9 +44,9 @@ class NeedlePlan:
 
 @dataclass(frozen=True)
 class Question:
-    """`depth` is None for the key that is not in the text."""
+    """`depth` is None for the subject that is not in the text."""
 
-    key: str
+    subject: str
     value: str
     depth: float | None
 
@@ -74,8 +74,8 @@ def contexts(plan: NeedlePlan, engine: Engine, sample: int, length: int) -> list
     """The haystacks of one sample at one length: one under "shared", one per depth under "single"."""
     rng = random.Random(f"{plan.seed}/{sample}")
     needles, absent = choose_needles(engine.tokenizer, key_names("valid"), plan.depths, rng)
-    asked = [Question(n.key, n.value, n.depth) for n in needles]
-    control = Question(absent.key, absent.value, None)
+    asked = [Question(n.subject, n.value, n.depth) for n in needles]
+    control = Question(absent.subject, absent.value, None)
     if plan.protocol == "shared":
         return [Context(length, sample, tuple(needles), (*asked, control))]
     return [
@@ -180,7 +180,7 @@ def _run_context(
         length=context.length,
         reserved=plan.max_new_tokens,
         needles=list(context.needles),
-        questions=[question.key for question in context.questions],
+        questions=[question.subject for question in context.questions],
         start=bank.start_of(context.sample, plan.samples),
     )
     seq = engine.new_sequence()
@@ -202,7 +202,7 @@ def _run_context(
                         "sample": context.sample,
                         "depth": question.depth,
                         "planted_at": None if question.depth is None else _planted_at(context, prompt.depths, question),
-                        "key_words": question.key,
+                        "subject": question.subject,
                         "value": question.value,
                         "answer": answer.text,
                         "finish": answer.finish,
@@ -232,7 +232,7 @@ def _run_context(
 
 
 def _planted_at(context: Context, depths: list[float], question: Question) -> float:
-    return next(depth for needle, depth in zip(context.needles, depths) if needle.key == question.key)
+    return next(depth for needle, depth in zip(context.needles, depths) if needle.subject == question.subject)
 
 
 def tally(

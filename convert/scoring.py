@@ -38,7 +38,7 @@ def score(answer: str, references: list[str], *, finish: Literal["stop", "length
     outcome: `correct` by the strict rule; `empty` without visible text; `hit_cap` when the cap came before k candidates
     were out; else `wrong`.
     """
-    text = _CONTROL.sub("\n", answer).strip().lower()
+    text = _CONTROL.sub("\n", answer).lower()
     wanted = [reference.lower() for reference in references]
     found = candidates(text, finished=True)[: len(wanted)]
     strict = set(wanted) <= set(found)
@@ -46,7 +46,7 @@ def score(answer: str, references: list[str], *, finish: Literal["stop", "length
     outcome: Outcome
     if strict:
         outcome = "correct"
-    elif not text:
+    elif not text.strip():
         outcome = "empty"
     elif finish == "length" and len(candidates(text, finished=False)) < len(wanted):
         outcome = "hit_cap"
@@ -61,9 +61,8 @@ def decided(answer: str, references: list[str]) -> bool:
     Decoding may stop here; a wrong answer is never decided early, because the `contains` rule still gives it a chance.
     """
     text = answer.lower()
-    return all(reference.lower() in text for reference in references) and (
-        len(candidates(text.lstrip(), finished=False)) >= len(references)
-    )
+    complete = len(candidates(text, finished=False)) >= len(references)
+    return complete and all(reference.lower() in text for reference in references)
 
 
 def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
