@@ -33,7 +33,7 @@ def sample(logits: torch.Tensor, params: SamplingParams, generator: torch.Genera
     if params.temperature == 0:
         token = int(logits.argmax())
     else:
-        scaled = logits / params.temperature
+        scaled = (logits - logits.max()) / params.temperature  # a tiny temperature then ends at greedy, not at NaN
         if params.top_k:
             kth = scaled.topk(min(params.top_k, scaled.numel())).values[-1]
             scaled = scaled.masked_fill(scaled < kth, float("-inf"))
@@ -41,6 +41,7 @@ def sample(logits: torch.Tensor, params: SamplingParams, generator: torch.Genera
         if params.top_p < 1:
             ordered, order = probs.sort(descending=True)
             outside = ordered.cumsum(-1) - ordered >= params.top_p  # the token that crosses top_p stays
+            outside[0] = False
             probs = probs.scatter(0, order[outside], 0.0)
         token = int(torch.multinomial(probs.cpu(), 1, generator=generator))
     return token, float(logits[token] - logits.logsumexp(-1))

@@ -196,6 +196,8 @@ def test_sampling_keeps_only_the_allowed() -> None:
     drawn = {sample(logits, SamplingParams(1.0, top_p=0.7), generator)[0] for _ in range(200)}
     assert drawn == {0, 1}
     assert {sample(logits, SamplingParams(1.0, top_k=3), generator)[0] for _ in range(200)} == {0, 1, 2}
+    for nearly_greedy in (SamplingParams(1.0, top_p=0.0), SamplingParams(1e-30)):
+        assert {sample(logits, nearly_greedy, generator)[0] for _ in range(50)} == {0}
     token, logprob = sample(logits, SamplingParams(), generator)
     assert token == 0
     assert logprob == pytest.approx(-0.6931, abs=1e-3)
