@@ -94,10 +94,12 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"Hub model {repo} has no revision {revision}; give a branch, tag or commit of it") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise UserError(
-            f"{repo} is not a local path and the Hub cannot be reached; check the path, or go online and repeat"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+            error = error.__cause__  # the Hub answered, with an error of its own
+        elif isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            raise UserError(
+                f"{repo} is not a local path and the Hub cannot be reached; check the path, or go online and repeat"
+            ) from None
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{repo} could not be fetched ({reason}); repeat, finished files are kept") from None
