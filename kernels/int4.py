@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from lcconvert.kernels.backend import interpreted, jit, tl, triton, use_triton
+
 SMALL_M = 16  # rows up to which the fused product is used; above it the weight is expanded
 
 
@@ -75,6 +77,9 @@ def int4_matmul(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> t
     assert x.ndim == 2 and x.shape[1] == packed.shape[1] * 8, f"x {tuple(x.shape)} does not fit K={packed.shape[1] * 8}"
     if x.shape[0] > SMALL_M:
         return x @ dequantize_int4(packed, scale, x.dtype).T
+    group_words = packed.shape[1] // scale.shape[1]
+    if use_triton(x) and group_words & (group_words - 1) == 0:
+        return _int4_matmul_triton(x, packed, scale)
     return int4_matmul_torch(x, packed, scale)
 
 
@@ -121,3 +126,91 @@ def int4_matmul_prepared(x: torch.Tensor, prepared: PreparedInt4) -> torch.Tenso
     """x [M, K] times a prepared weight -> [M, N] of x's dtype, with x, scales and result rounded to bfloat16 (0.3%)."""
     weight, scale_zero, group = prepared
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), weight, group, scale_zero).to(x.dtype)
+
+
+@jit
+def _gemv_kernel(
+    x, packed, scale, out, n, words, groups,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, GROUP_WORDS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    # One row of x and ROWS rows of the weight. A row of x next to another is the next program, so that only the first
+    # reads the weight from memory.
+    BLOCK: tl.constexpr = GROUPS * GROUP_WORDS
+    m = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    real = row < n
+    row64 = row.to(tl.int64)
+    acc = tl.zeros([ROWS, GROUPS, GROUP_WORDS], tl.float32)
+    for start in range(0, words, BLOCK):
+        group = start // GROUP_WORDS + tl.arange(0, GROUPS)
+        word = group[:, None] * GROUP_WORDS + tl.arange(0, GROUP_WORDS)[None, :]  # [GROUPS, GROUP_WORDS]
+        inside = group < groups
+        codes = tl.load(
+            packed + row64[:, None, None] * words + word[None, :, :],
+            mask=real[:, None, None] & inside[None, :, None], other=0,
+        )  # fmt: skip
+        step = tl.load(
+            scale + row64[:, None] * groups + group[None, :], mask=real[:, None] & inside[None, :], other=0.0
+        ).to(tl.float32)
+        # The eight inputs of each word, read as they lie and then taken apart.
+        eight = tl.arange(0, 8)
+        inputs = tl.load(
+            x + m * words * 8 + word[:, :, None] * 8 + eight[None, None, :], mask=inside[:, None, None], other=0.0
+        ).to(tl.float32)
+        even, odd = tl.split(tl.reshape(inputs, [GROUPS, GROUP_WORDS, 4, 2]))
+        x04, x26 = tl.split(tl.reshape(even, [GROUPS, GROUP_WORDS, 2, 2]))
+        x15, x37 = tl.split(tl.reshape(odd, [GROUPS, GROUP_WORDS, 2, 2]))
+        x0, x4 = tl.split(x04)
+        x2, x6 = tl.split(x26)
+        x1, x5 = tl.split(x15)
+        x3, x7 = tl.split(x37)
+        # A nibble at bits 16-19 (12-15) under the right exponent is the float32 128 + nibble (2048 + nibble): four
+        # shifts serve eight nibbles. Codes are q + 8.
+        terms = (-136 * ((x0 + x2) + (x4 + x6)) - 2056 * ((x1 + x3) + (x5 + x7)))[None]
+        terms += _as_float(codes << 16, 16, ASM) * x0[None]
+        terms += _as_float(codes << 8, 12, ASM) * x1[None]
+        terms += _as_float(codes << 8, 16, ASM) * x2[None]
+        terms += _as_float(codes, 12, ASM) * x3[None]
+        terms += _as_float(codes, 16, ASM) * x4[None]
+        terms += _as_float(codes >> 8, 12, ASM) * x5[None]
+        terms += _as_float(codes >> 8, 16, ASM) * x6[None]
+        terms += _as_float(codes >> 16, 12, ASM) * x7[None]
+        acc += terms * step[:, :, None]
+    result = tl.sum(tl.sum(acc, 2), 1)
+    tl.store(out + m * n + row, result.to(out.dtype.element_ty), mask=real)
+
+
+@jit
+def _as_float(codes, BIT: tl.constexpr, ASM: tl.constexpr):
+    # One instruction by hand; the compiler makes two of the plain expression.
+    if BIT == 16:
+        if ASM:
+            return tl.inline_asm_elementwise(
+                "lop3.b32 $0, $1, 0x000F0000, 0x43000000, 0xEA;",
+                "=r,r",
+                [codes],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+        return ((codes & 0x000F0000) | 0x43000000).to(tl.float32, bitcast=True)
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x0000F000, 0x45000000, 0xEA;", "=r,r", [codes], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return ((codes & 0x0000F000) | 0x45000000).to(tl.float32, bitcast=True)
+
+
+def _int4_matmul_triton(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    m, (n, words), groups = x.shape[0], packed.shape, scale.shape[1]
+    assert x.is_contiguous()
+    assert scale.is_contiguous()
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    group_words = words // groups
+    block_groups = max(1, min(triton.next_power_of_2(groups), 256 // group_words))
+    rows = 16 if n >= 4096 else 8  # fewer rows where there would be too few programs to fill the device
+    _gemv_kernel[(m, triton.cdiv(n, rows))](
+        x, packed, scale, out, n, words, groups,
+        ROWS=rows, GROUPS=block_groups, GROUP_WORDS=group_words, ASM=not interpreted, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from lcconvert.kernels.backend import LN2, LOG2E, dot_dtype, interpreted, jit, processors, tl, triton, use_triton
 from lcconvert.kernels.fp8 import expand_e4m3
 from lcconvert.kernels.kv_pages import PAGE, PageTensors
 
@@ -42,7 +43,10 @@ def paged_decode(
     assert page_table.dtype == num_pages.dtype == torch.int32
     assert page_table.is_contiguous()
     assert page_table.shape[0] == num_pages.shape[0] == sequences
-    return paged_decode_torch(q, k, v, page_table, num_pages, d**-0.5 if scale is None else scale)
+    scale = d**-0.5 if scale is None else scale
+    if use_triton(q) and d in (32, 64, 128) and (k.kind != "plain" or dot_dtype(k.data) is not None):
+        return _paged_decode_triton(q, k, v, page_table, num_pages, scale)
+    return paged_decode_torch(q, k, v, page_table, num_pages, scale)
 
 
 def paged_decode_torch(
@@ -118,6 +122,196 @@ def merge_partials(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor
     """Join attention over disjoint key sets: outs [n, S, Hq, D], lses [n, S, Hq] -> out [S, Hq, D], lse [S, Hq]; float32."""
     assert outs.shape[:3] == lses.shape
     assert outs.dtype == lses.dtype == torch.float32
+    if use_triton(outs) and outs.is_contiguous() and lses.is_contiguous():
+        return _merge_triton(outs, lses)
     lse = torch.logsumexp(lses, dim=0)
     weight = torch.exp(lses - torch.where(lse == -torch.inf, 0.0, lse))  # an empty set weighs 0, not NaN
     return (outs * weight[..., None]).sum(0), lse
+
+
+# One 32-bit register holds four code bytes b3 b2 b1 b0, each two nibbles. 0x4300 | n is the bfloat16 128 + n, so masking
+# the nibbles of two bytes into that pattern and subtracting 136 makes two exact values n - 8 per instruction.
+_CENTRED_PAIRS = """
+{
+    .reg .b32 a, b, one, shift;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 shift, 0xC308C308;
+    prmt.b32 a, $4, 0, 0x4140;
+    prmt.b32 b, $4, 0, 0x4342;
+    lop3.b32 $0, a, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $1, b, 0x000F000F, 0x43004300, 0xEA;
+    shr.b32 a, a, 4;
+    shr.b32 b, b, 4;
+    lop3.b32 $2, a, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $3, b, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $0, $0, one, shift;
+    fma.rn.bf16x2 $1, $1, one, shift;
+    fma.rn.bf16x2 $2, $2, one, shift;
+    fma.rn.bf16x2 $3, $3, one, shift;
+}
+"""
+
+
+@jit
+def _centred(codes, ASM: tl.constexpr, PAIRS: tl.constexpr):
+    """uint8 codes -> (low nibble - 8, high nibble - 8), bfloat16 by bit tricks or float32 under the interpreter."""
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            PAIRS, "=r,=r,=r,=r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        low = (codes & 15).to(tl.float32) - 8
+        high = (codes >> 4).to(tl.float32) - 8
+    return low, high
+
+
+@jit
+def _decode_kernel(
+    q, k_data, k_scale, k_zero, v_data, v_scale, v_zero, page_table, num_pages, out, lse,
+    table_width, splits, scale_log2,
+    K_INT4: tl.constexpr, K_FP8: tl.constexpr, V_INT4: tl.constexpr, V_FP8: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    K_DOT: tl.constexpr, V_DOT: tl.constexpr, P_SHIFT: tl.constexpr, ASM: tl.constexpr, PAIRS: tl.constexpr, LN2: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = D // 2
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    count = tl.load(num_pages + sequence)
+    share = tl.cdiv(count, splits)
+    begin = split * share
+    end = tl.minimum(begin + share, count)
+
+    # Everything is transposed, tokens or channels down and query heads across: the codes are then the left operand of
+    # the tensor core, which goes from shared memory through registers without a layout change.
+    column = tl.arange(0, ROWS)  # the query heads of this KV head, padded
+    real = (column < GROUP)[None, :]
+    token = tl.arange(0, PAGE)
+    channel = tl.arange(0, D)
+    half = tl.arange(0, HALF)
+    q_column = q + (sequence * KV_HEADS * GROUP + head * GROUP + column)[None, :] * D
+    if K_INT4:
+        q_low = tl.load(q_column + half[:, None], mask=real, other=0.0).to(tl.float32) * scale_log2
+        q_high = tl.load(q_column + HALF + half[:, None], mask=real, other=0.0).to(tl.float32) * scale_log2
+    else:
+        q_scale = scale_log2
+        if K_FP8:
+            q_scale = scale_log2 * tl.load(k_scale + head)
+        q_all = tl.load(q_column + channel[:, None], mask=real, other=0.0).to(K_DOT)
+
+    best = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([PAGE, ROWS], tl.float32)  # kept per token: one reduction at the end instead of one a page
+    offset = tl.zeros([PAGE, ROWS], tl.float32)
+    acc_low = tl.zeros([HALF, ROWS], tl.float32)
+    acc_high = tl.zeros([HALF, ROWS], tl.float32)
+    acc = tl.zeros([D, ROWS], tl.float32)
+    for i in range(begin, end):
+        page = tl.load(page_table + sequence * table_width + i).to(tl.int64) * KV_HEADS + head
+        if V_INT4:  # asked for early: too narrow to be prefetched into shared memory
+            step = tl.load(v_scale + page * PAGE + token).to(tl.float32)
+            zero = tl.load(v_zero + page * PAGE + token).to(tl.float32) + 8 * step
+        if K_INT4:
+            codes = tl.load(k_data + page * (PAGE * HALF) + token[:, None] * HALF + half[None, :])
+            s_low = tl.load(k_scale + page * D + half).to(tl.float32)
+            s_high = tl.load(k_scale + page * D + HALF + half).to(tl.float32)
+            # codes are used as n - 8, so the zero point moves by eight steps
+            z_low = tl.load(k_zero + page * D + half).to(tl.float32) + 8 * s_low
+            z_high = tl.load(k_zero + page * D + HALF + half).to(tl.float32) + 8 * s_high
+            low, high = _centred(codes, ASM, PAIRS)
+            scores = tl.dot(low, (q_low * s_low[:, None]).to(K_DOT), input_precision="ieee")
+            scores = tl.dot(high, (q_high * s_high[:, None]).to(K_DOT), scores, input_precision="ieee")
+            scores += tl.sum(q_low * z_low[:, None] + q_high * z_high[:, None], 0)[None, :]
+        else:
+            k = tl.load(k_data + page * (PAGE * D) + token[:, None] * D + channel[None, :]).to(K_DOT)
+            scores = tl.dot(k, q_all, input_precision="ieee") * q_scale
+        new_best = tl.maximum(best, tl.max(scores, 0))
+        p = tl.math.exp2(scores - (new_best - P_SHIFT)[None, :])  # [PAGE, ROWS]
+        shrink = tl.math.exp2(best - new_best)[None, :]
+        best = new_best
+        total = total * shrink + p
+        if V_INT4:
+            v_codes = tl.load(v_data + page * (PAGE * HALF) + token[None, :] * HALF + half[:, None])  # [HALF, PAGE]
+            v_low, v_high = _centred(v_codes, ASM, PAIRS)
+            offset = offset * shrink + p * zero[:, None]
+            p_scaled = (p * step[:, None]).to(V_DOT)
+            acc_low = tl.dot(v_low, p_scaled, acc_low * shrink, input_precision="ieee")
+            acc_high = tl.dot(v_high, p_scaled, acc_high * shrink, input_precision="ieee")
+        else:
+            v = tl.load(v_data + page * (PAGE * D) + token[None, :] * D + channel[:, None]).to(V_DOT)  # [D, PAGE]
+            acc = tl.dot(v, p.to(V_DOT), acc * shrink, input_precision="ieee")
+
+    # An empty share leaves weight 0 and lse -inf.
+    weight = tl.sum(total, 0)
+    some = weight > 0
+    inverse = 1.0 / tl.where(some, weight, 1.0)[None, :]
+    part = ((split * tl.num_programs(2) + sequence) * KV_HEADS * GROUP + head * GROUP + column).to(tl.int64)
+    if V_INT4:
+        moved = tl.sum(offset, 0)[None, :]
+        tl.store(out + part[None, :] * D + half[:, None], (acc_low + moved) * inverse, mask=real)
+        tl.store(out + part[None, :] * D + HALF + half[:, None], (acc_high + moved) * inverse, mask=real)
+    else:
+        if V_FP8:
+            inverse = inverse * tl.load(v_scale + head)
+        tl.store(out + part[None, :] * D + channel[:, None], acc * inverse, mask=real)
+    natural = (best - P_SHIFT + tl.math.log2(tl.where(some, weight, 1.0))) * LN2
+    tl.store(lse + part, tl.where(some, natural, -float("inf")), mask=column < GROUP)
+
+
+@jit
+def _merge_kernel(outs, lses, out, lse, parts, rows, PARTS: tl.constexpr, D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    channel = tl.arange(0, D)
+    present = part < parts
+    each = tl.load(lses + part * rows + row, mask=present, other=-float("inf"))
+    best = tl.max(each, 0)
+    best = tl.where(best == -float("inf"), 0.0, best)  # nothing anywhere: weights 0, not NaN
+    weight = tl.exp(each - best)
+    total = tl.sum(weight, 0)
+    values = tl.load(outs + (part[:, None] * rows + row) * D + channel[None, :], mask=present[:, None], other=0.0)
+    some = tl.where(total > 0, total, 1.0)
+    tl.store(out + row * D + channel, tl.sum(values * weight[:, None], 0) / some)
+    tl.store(lse + row, tl.where(total > 0, best + tl.log(some), -float("inf")))
+
+
+def _merge_triton(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    parts, sequences, heads, d = outs.shape
+    out = torch.empty((sequences, heads, d), dtype=torch.float32, device=outs.device)
+    lse = torch.empty((sequences, heads), dtype=torch.float32, device=outs.device)
+    rows = sequences * heads
+    _merge_kernel[(rows,)](outs, lses, out, lse, parts, rows, PARTS=triton.next_power_of_2(parts), D=d, num_warps=4)
+    return out, lse
+
+
+def _paged_decode_triton(
+    q: torch.Tensor, k: PageTensors, v: PageTensors, page_table: torch.Tensor, num_pages: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    sequences, heads, d = q.shape
+    kv_heads = k.data.shape[1]
+    group = heads // kv_heads
+    # Programs that fit a processor and pages in flight for each, by shared memory. The pipeliner spends two stages a page,
+    # the first to read the page table. The grid depends on shapes alone: a captured CUDA graph serves every length.
+    resident, stages = (1, 5) if "plain" in (k.kind, v.kind) else (2, 7)
+    splits = max(1, min(page_table.shape[1], resident * processors(q.device) // (sequences * kv_heads)))
+    out = torch.empty((splits, sequences, heads, d), dtype=torch.float32, device=q.device)
+    lse = torch.empty((splits, sequences, heads), dtype=torch.float32, device=q.device)
+    k_dot, v_dot = _product_type(k), _product_type(v)
+    _decode_kernel[(splits, kv_heads, sequences)](
+        q, k.data, k.scale, k.zero, v.data, v.scale, v.zero, page_table, num_pages, out, lse,
+        page_table.shape[1], splits, scale * LOG2E,
+        K_INT4=k.kind == "int4_channel", K_FP8=k.kind == "fp8", V_INT4=v.kind == "int4_token", V_FP8=v.kind == "fp8",
+        KV_HEADS=kv_heads, GROUP=group, ROWS=max(8, triton.next_power_of_2(group)), D=d, PAGE=PAGE,
+        # Probabilities are scaled up before they are rounded to float16, so that the long tail does not underflow.
+        K_DOT=k_dot, V_DOT=v_dot, P_SHIFT=14 if v_dot == tl.float16 else 0,
+        ASM=not interpreted, PAIRS=_CENTRED_PAIRS, LN2=LN2, num_warps=4, num_stages=stages,
+    )  # fmt: skip
+    return _merge_triton(out, lse)
+
+
+def _product_type(pages: PageTensors) -> object:
+    """What products with these pages run in: e4m3 is exact in float16, centred codes in bfloat16."""
+    if pages.kind == "plain":
+        return dot_dtype(pages.data)
+    if interpreted:
+        return tl.float32
+    return tl.float16 if pages.kind == "fp8" else tl.bfloat16
