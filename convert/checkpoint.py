@@ -94,12 +94,13 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"Hub model {repo} has no revision {revision}; give a branch, tag or commit of it") from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-            error = error.__cause__  # the Hub answered, with an error of its own
+    except Exception as error:  # errors of the HTTP library below it pass through, and that library changes
+        cause = error.__cause__
+        if isinstance(error, LocalEntryNotFoundError) and isinstance(cause, HfHubHTTPError):
+            error = cause  # the Hub answered, with an error of its own
         elif isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
             raise UserError(
                 f"{repo} is not a local path and the Hub cannot be reached; check the path, or go online and repeat"
             ) from None
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{repo} could not be fetched ({reason}); repeat, finished files are kept") from None
+        raise UserError(f"{repo} could not be fetched ({reason}); repeat, finished files are kept") from error

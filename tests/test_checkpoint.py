@@ -167,7 +167,7 @@ def test_packages() -> None:
 
 # --- the Hub: a loopback server that speaks the calls snapshot_download makes --------------------------------------
 
-COMMITS = {"main": "1" * 40, "v1": "2" * 40}
+COMMITS = {"main": "1" * 40, "v1": "2" * 40, "cut": "3" * 40}
 
 
 class FakeHub(BaseHTTPRequestHandler):
@@ -193,6 +193,9 @@ class FakeHub(BaseHTTPRequestHandler):
         elif path.startswith("/o/m/resolve/"):
             commit, name = path.removeprefix("/o/m/resolve/").split("/", 1)
             self.asked.append(name)
+            if commit == COMMITS["cut"] and self.command == "GET":
+                self._answer(200, b"short", {}, length=99)
+                return
             body = (self.repo / name).read_bytes()
             self._answer(200, body, {"X-Repo-Commit": commit, "ETag": f'"{name}-{commit}"'})
         elif "/o/gated" in path:
@@ -212,15 +215,16 @@ class FakeHub(BaseHTTPRequestHandler):
         files = [{"rfilename": path.name} for path in sorted(self.repo.iterdir())]
         self._answer(200, json.dumps({"id": "o/m", "sha": commit, "siblings": files}).encode(), {})
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def _answer(self, status: int, body: bytes, headers: dict[str, str], length: int | None = None) -> None:
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
+        self.close_connection = True
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +245,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[st
 
 
 CLIENT = """
-import json, sys
+import json, sys, time
+time.sleep = lambda seconds: None  # the library's retries, without its waiting
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.runtime.errors import UserError
 for name, revision in json.loads(sys.argv[1]):
@@ -299,6 +304,13 @@ def test_what_was_fetched_opens_again_without_the_hub(hub: tuple[str, list[str],
     ask(endpoint, cache, ("o/m", None))
     [again] = ask("http://127.0.0.1:9", cache, ("o/m", None))
     assert again[0] == f"o/m@{COMMITS['main']}"
+
+
+def test_a_connection_that_breaks(hub: tuple[str, list[str], Path]) -> None:
+    endpoint, _, cache = hub
+    [answer] = ask(endpoint, cache, ("o/m", "cut"))
+    assert answer.startswith("o/m could not be fetched (")
+    assert answer.endswith("); repeat, finished files are kept")
 
 
 def test_offline_by_setting() -> None:
