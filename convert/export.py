@@ -81,17 +81,14 @@ def export(src: str, out: Path, config: ExportConfig) -> Path:
 
 
 def exported_sidecar(source: TensorSource, src: str, config: ExportConfig) -> Sidecar:
-    """The source's sidecar with this export as the newest step of its provenance."""
+    """The source's sidecar with this export added to its provenance; what it says about its own source stays."""
     sidecar = Sidecar.read(source)
     step: dict[str, Any] = {
-        "stage": "export",
         "source": src,
         "config": config.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("lcconvert", "torch")},
     }
-    if sidecar.provenance:
-        step["source_provenance"] = sidecar.provenance
-    return sidecar.model_copy(update={"provenance": step})
+    return sidecar.model_copy(update={"provenance": {"source": src, **sidecar.provenance, "export": step}})
 
 
 def _export_safetensors(source: TensorSource, sidecar: Sidecar, out: Path, config: ExportConfig) -> Path:

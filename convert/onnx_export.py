@@ -122,7 +122,8 @@ def _bytes_needed(spec: ModelSpec, rows: int, int4: bool) -> int:
 def _write_files(folder: Path, source: TensorSource, sidecar: Sidecar, rows: int, found: dict[str, str]) -> None:
     """config.json, tokenizer and sidecar; the config describes the model, its quantization block only the source."""
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    sidecar = sidecar.model_copy(update={"provenance": sidecar.provenance | found})
+    step = sidecar.provenance["export"] | found
+    sidecar = sidecar.model_copy(update={"provenance": sidecar.provenance | {"export": step}})
     spec = ModelSpec.from_config(source.config)
     texts = {"config.json": config, "genai_config.json": genai_config(spec, config, rows)}
     for name, value in texts.items():

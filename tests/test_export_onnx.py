@@ -114,7 +114,7 @@ def test_positions_beyond_the_old_window(tmp_path: Path, method: Any) -> None:
     assert (session(ids[:, :399]) - wanted[:, :399]).abs().max() <= 1e-3
     assert (session(ids[:, 399:]) - wanted[:, 399:]).abs().max() <= 1e-3
     provenance = json.loads((tmp_path / "out" / "lcconvert.json").read_text())["provenance"]
-    assert provenance["comparison"].startswith("largest logit difference")
+    assert provenance["export"]["comparison"].startswith("largest logit difference")
 
 
 def test_yarn_equals_transformers(tmp_path: Path) -> None:
@@ -244,14 +244,15 @@ def test_genai_config_reserves_what_fits(tmp_path: Path) -> None:
 def test_sidecar_keeps_the_policy_and_the_history(tmp_path: Path) -> None:
     src = write_tiny(tmp_path / "src")
     before = Sidecar.read(FolderSource(src)).model_copy(
-        update={"variant": "extended", "provenance": {"stage": "extend"}}
+        update={"variant": "extended", "provenance": {"source": "owner/base"}}
     )
     (src / "lcconvert.json").write_bytes(before.to_bytes())
     onnx_of(src, tmp_path / "out")
     after = Sidecar.model_validate_json((tmp_path / "out" / "lcconvert.json").read_bytes())
     assert after.variant == "extended"
-    assert after.provenance["source_provenance"] == {"stage": "extend"}
-    assert after.provenance["comparison"] == "not run"
+    assert after.provenance["source"] == "owner/base"
+    assert after.provenance["export"]["source"] == str(src)
+    assert after.provenance["export"]["comparison"] == "not run"
 
 
 def test_damage_on_disk_is_found(tmp_path: Path) -> None:
