@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import torch
 
+from lcconvert.kernels.backend import descriptor, dot_dtype, jit, tl, triton, use_triton
 from lcconvert.kernels.sparse_prefill import BLOCK, BlockLists
 
 POOL = 32  # tokens averaged into one pooled key
-_SCORES = 2**23  # logits the reference holds at once
+_LOGITS = 2**23  # logits the reference holds at once
+_SCORES = 2**25  # block scores the fast path holds at once
 
 
 def pool_keys(k: torch.Tensor) -> torch.Tensor:
@@ -57,7 +59,10 @@ def select_blocks(
     assert pooled.shape == (k.shape[0] // POOL, k.shape[1], d)
     assert pooled.dtype == q.dtype
     rules = Rules(q_offset, queries, sink_blocks, local_blocks, dense_from, min_blocks, max_blocks)
-    return select_blocks_torch(q, pooled, alpha, rules, d**-0.5 if scale is None else scale)
+    scale = d**-0.5 if scale is None else scale
+    if use_triton(q) and dot_dtype(q) is not None and d in (16, 32, 64, 128):
+        return _select_blocks_triton(q, pooled, alpha, rules, scale)
+    return select_blocks_torch(q, pooled, alpha, rules, scale)
 
 
 class Rules:
@@ -89,7 +94,7 @@ def select_blocks_torch(
     heads = q.shape[1]
     total = rules.first + rules.tiles
     keep = torch.zeros((heads, rules.tiles, total), dtype=torch.bool, device=q.device)
-    step = max(1, _SCORES // (heads * BLOCK * max(1, total * BLOCK // POOL)))
+    step = max(1, _LOGITS // (heads * BLOCK * max(1, total * BLOCK // POOL)))
     for start in range(0, rules.tiles, step):
         tiles = range(start, min(start + step, rules.tiles))
         scores = block_scores_torch(q, pooled, rules, tiles, scale)
@@ -137,3 +142,109 @@ def _keep(scores: torch.Tensor, alpha: torch.Tensor, rules: Rules, tiles: range)
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, block.expand_as(order))
     return causal & (rank < wanted[..., None])
+
+
+@jit
+def _score_kernel(
+    q, pooled_desc, scores, queries, first_tile, first_block, scored, tiles, width, q_row, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    PER: tl.constexpr = BLOCK // POOL  # pooled keys of a block
+    WIDE: tl.constexpr = BLOCK // PER  # blocks scored at once
+    head = tl.program_id(0) % HEADS
+    tile = scored - 1 - tl.program_id(0) // HEADS  # within this launch, longest row first
+    before = first_block + first_tile + tile  # blocks before the diagonal
+    row = (head.to(tl.int64) * tiles + tile) * width
+    # Rows past the end repeat the last query, which changes no maximum.
+    query = tl.minimum((first_tile + tile) * BLOCK + tl.arange(0, BLOCK), queries - 1).to(tl.int64)
+    rows = tl.load(q + query[:, None] * q_row + head * D + tl.arange(0, D)[None, :]).to(DOT)
+    columns = tl.trans(rows)
+    for start in range(0, before, WIDE):
+        keys = pooled_desc.load([start * PER, (head // GROUP) * D]).to(DOT)  # [BLOCK pooled, D]
+        best = tl.max(tl.dot(keys, columns, input_precision="ieee"), 1)  # over the tile's queries
+        block = start + tl.arange(0, WIDE)
+        best = tl.max(tl.reshape(best, [WIDE, PER]), 1) * scale
+        tl.store(scores + row + block, best, mask=block < before)
+
+
+@jit
+def _ordered(x):
+    # float32 -> int32 with the same order
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def _list_kernel(
+    scores, log_alpha, index, count, tiles, all_tiles, first_tile, first_block, width, index_width,
+    sink, local, floor, cap, dense_tile, WIDTH: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    tile = tl.program_id(0)
+    diagonal = first_block + first_tile + tile
+    dense = first_tile + tile >= dense_tile
+    block = tl.arange(0, WIDTH)
+    causal = block <= diagonal
+    forced = causal & ((block < sink) | (block > diagonal - local))
+    row = (head.to(tl.int64) * tiles + tile) * width
+    score = tl.load(scores + row + block, mask=block < tl.where(dense, 0, diagonal), other=-float("inf"))
+    threshold = tl.max(score, 0) + tl.load(log_alpha + head)
+    passing = causal & (forced | (score >= threshold))
+    kept = tl.sum(passing.to(tl.int32), 0)
+    wanted = tl.minimum(tl.maximum(kept, floor), cap)
+    wanted = tl.maximum(wanted, tl.sum(forced.to(tl.int32), 0))
+    wanted = tl.where(dense, diagonal + 1, tl.minimum(wanted, diagonal + 1))
+    key = tl.where(causal, _ordered(score), -2147483648)
+    key = tl.where(forced, 2147483647, key)
+    # The cut is the key of the last block wanted. The threshold gives it, unless floor or cap change the number: then it
+    # is the largest value that at least `wanted` keys reach, by bisection.
+    at_threshold = tl.min(tl.where(passing, key, 2147483647), 0).to(tl.int64)
+    low = tl.where(kept == wanted, at_threshold, -2147483647)
+    high = tl.where(kept == wanted, at_threshold, 2147483647)
+    while low < high:
+        middle = (low + high + 1) >> 1
+        reached = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        low = tl.where(reached >= wanted, middle, low)
+        high = tl.where(reached >= wanted, high, middle - 1)
+    cut = low.to(tl.int32)
+    above = key > cut
+    equal = causal & (key == cut)
+    spare = wanted - tl.sum(above.to(tl.int32), 0)
+    keep = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= spare))
+    place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    target = head.to(tl.int64) * all_tiles + first_tile + tile
+    tl.store(index + target * index_width + place, block, mask=keep)
+    tl.store(count + target, wanted)
+
+
+def _select_blocks_triton(
+    q: torch.Tensor, pooled: torch.Tensor, alpha: torch.Tensor, rules: Rules, scale: float
+) -> BlockLists:
+    queries, heads, d = q.shape
+    assert q.stride(2) == 1
+    assert q.stride(1) == d or heads == 1
+    total = rules.first + rules.tiles
+    # The width of the lists is a bound, not the longest list: finding that would wait for the device.
+    listed = total if rules.first_dense_tile < rules.tiles else min(total, max(rules.cap, rules.sink + rules.local))
+    index = torch.empty((heads, rules.tiles, listed), dtype=torch.int32, device=q.device)
+    count = torch.empty((heads, rules.tiles), dtype=torch.int32, device=q.device)
+    log_alpha = alpha.log()
+    pooled_blocks = descriptor(pooled, [BLOCK, d]) if pooled.shape[0] else None
+    step = max(1, _SCORES // (heads * total))
+    for start in range(0, rules.tiles, step):
+        tiles = min(step, rules.tiles - start)
+        scores = torch.empty((heads, tiles, total), dtype=torch.float32, device=q.device)
+        scored = min(tiles, max(0, rules.first_dense_tile - start))
+        if scored and pooled_blocks is not None:
+            _score_kernel[(scored * heads,)](
+                q, pooled_blocks, scores, queries, start, rules.first, scored, tiles, total, q.stride(0), scale,
+                HEADS=heads, GROUP=heads // pooled.shape[1], D=d, BLOCK=BLOCK, POOL=POOL, DOT=dot_dtype(q),
+                num_warps=8, num_stages=3,
+            )  # fmt: skip
+        width = max(16, triton.next_power_of_2(total))
+        _list_kernel[(tiles, heads)](
+            scores, log_alpha, index, count, tiles, rules.tiles, start, rules.first, total, listed,
+            rules.sink, rules.local, rules.floor, rules.cap, rules.first_dense_tile,
+            WIDTH=width, num_warps=4 if width <= 2048 else 8,
+        )  # fmt: skip
+    return BlockLists(index, count)
