@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
@@ -64,16 +66,32 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return out[0].transpose(0, 1)
 
 
-def decode_attention(q: torch.Tensor, pool: PagePool, seq: Sequence, layer: int) -> torch.Tensor:
+@dataclass(frozen=True)
+class PageTable:
+    """The full pages of one sequence for the decode kernel: page numbers int32 [1, n] and their count int32 [1]."""
+
+    pages: torch.Tensor
+    count: torch.Tensor
+
+    @classmethod
+    def of(cls, seq: Sequence, device: torch.device) -> PageTable | None:
+        """None while the sequence has no full page; made once a step, every layer uses it."""
+        if not seq.pages:
+            return None
+        pages = torch.tensor([seq.pages], dtype=torch.int32, device=device)
+        return cls(pages, torch.tensor([len(seq.pages)], dtype=torch.int32, device=device))
+
+
+def decode_attention(
+    q: torch.Tensor, pool: PagePool, seq: Sequence, table: PageTable | None, layer: int
+) -> torch.Tensor:
     """One query [Hq, D] over everything cached of `seq` in `layer` -> [Hq * D] in q's dtype."""
     scale = q.shape[-1] ** -0.5
-    outs, lses = _partial(q, *pool.near(seq, layer), scale)
-    if seq.pages:
-        table = torch.tensor([seq.pages], dtype=torch.int32, device=q.device)
-        count = torch.tensor([len(seq.pages)], dtype=torch.int32, device=q.device)
-        far, far_lse = paged_decode(q[None], pool.k[layer], pool.v[layer], table, count, scale)
-        outs, _ = merge_partials(torch.stack((outs, far)), torch.stack((lses, far_lse)))
-    return outs[0].flatten().to(q.dtype)
+    out, lse = _partial(q, *pool.near(seq, layer), scale)
+    if table is not None:
+        far, far_lse = paged_decode(q[None], pool.k[layer], pool.v[layer], table.pages, table.count, scale)
+        out, _ = merge_partials(torch.stack((out, far)), torch.stack((lse, far_lse)))
+    return out[0].flatten().to(q.dtype)
 
 
 def _partial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from lcconvert.runtime.attention import decode_attention, prefill_attention
+from lcconvert.runtime.attention import PageTable, decode_attention, prefill_attention
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.kv_cache import PagePool, Sequence, StagedAppend, read_scales
 from lcconvert.runtime.model import Decoder, load_decoder
@@ -213,10 +213,11 @@ class Engine:
         x = self.model.model.embed_tokens(torch.tensor([token], device=self.device))  # [1, H]
         position = torch.tensor([seq.length - 1], device=self.device)
         cos, sin = cos_sin(spec.rope, spec.head_dim, position)
+        table = PageTable.of(seq, self.device)
         for number, layer in enumerate(self.model.model.layers):
             q, k, v = layer.qkv(x, cos, sin)
             self.pool.append(seq, number, k[0], v[0])
-            x = layer.finish(x, decode_attention(q[0], self.pool, seq, number)[None])
+            x = layer.finish(x, decode_attention(q[0], self.pool, seq, table, number)[None])
         self.pool.seal(seq)
         return self.model.logits(self.model.model.norm(x[0]))
 
