@@ -37,6 +37,7 @@ SHARED_INPUT = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+_CHARS = 8  # characters tokenized for each token wanted; no text that is worth calibrating on has longer tokens
 _FP8_MAX = 448.0
 # Room above the largest value seen. e4m3 is a floating format: a doubled scale costs one of 17 binades, no precision.
 _KV_MARGIN = 2.0
@@ -50,19 +51,26 @@ def calibration_windows(
     That part ends before the place perplexity is measured on and before the half that needles hide in.
     """
     generator = torch.Generator().manual_seed(seed)
+
+    def draw(choices: int) -> int:
+        return int(torch.randint(max(1, choices), (1,), generator=generator))
+
     if texts:
-        tokens = torch.from_numpy(Corpus.read(texts, tokenizer, need=4 * samples * length, seed=seed).tokens).long()
+        tokens = Corpus.read(texts, tokenizer, need=4 * samples * length, seed=seed).tokens.tolist()
+        starts = [draw(len(tokens) - length + 1) for _ in range(samples)]
+        windows = [tokens[start : start + length] for start in starts]
     else:
         text = Haystack.load().text
-        tokens = torch.tensor(tokenizer.encode(text[: min(300_000, len(text) // 5)]))
-    if len(tokens) < length:
+        text, size = text[: min(300_000, len(text) // 5)], length * _CHARS
+        starts = [draw(len(text) - size) for _ in range(samples)]
+        windows = [tokenizer.encode(text[start : start + size])[:length] for start in starts]
+    if (shortest := min(map(len, windows))) < length:
         where = ", ".join(texts) or "the bundled text"
         raise UserError(
-            f"calibration wants windows of {length} tokens but {where} holds {len(tokens)}; "
-            "give more text or a smaller --length"
+            f"calibration wants windows of {length} tokens but {where} holds {shortest}; "
+            "give more text or a smaller length"
         )
-    starts = torch.randint(0, len(tokens) - length + 1, (samples,), generator=generator)
-    return torch.stack([tokens[start : start + length] for start in starts.tolist()])
+    return torch.tensor(windows)
 
 
 def load_layer(source: TensorSource, spec: ModelSpec, number: int, device: torch.device) -> Layer:
