@@ -14,10 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.integrations.gguf import convert_gguf_tokenizer
 
 from lcconvert.convert.checkpoint import open_checkpoint
-from lcconvert.convert.gguf_header import read_gguf_header
 from lcconvert.convert.gguf_source import GgufSource
 from lcconvert.convert.gguf_tokenizer import build_tokenizer, tokenizer_files
 from lcconvert.runtime.errors import UserError
@@ -64,19 +62,7 @@ def ours(smollm2: GgufSource) -> Tokenizer:
 @pytest.fixture(scope="module")
 def theirs(smollm2: GgufSource) -> PreTrainedTokenizerFast:
     """What transformers makes of the same file, with its splitting rule as it is (it ignores the name `smollm`)."""
-    meta = read_gguf_header(smollm2.path).metadata
-    keys = ("tokens", "token_type", "merges")
-    parts = {key: meta[f"tokenizer.ggml.{key}"] for key in keys} | {
-        "tokenizer_type": meta["tokenizer.ggml.model"], "pre_tokenizer_type": meta["tokenizer.ggml.pre"],
-    }  # fmt: skip
-    backend, _ = convert_gguf_tokenizer(meta["general.architecture"], parts)
-    tokens = parts["tokens"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=meta["tokenizer.chat_template"],
-        **{f"{name}_token": tokens[meta[f"tokenizer.ggml.{key}_token_id"]] for name, key in (
-            ("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))},
-    )  # fmt: skip
+    return AutoTokenizer.from_pretrained(smollm2.path.parent, gguf_file=smollm2.path.name)
 
 
 @pytest.fixture(scope="module")
