@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -70,6 +71,7 @@ def train(
     """
     device = decoder.head_weight.device
     mixed = "bf16" if (config.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16" else "no"
+    AcceleratorState._reset_state(reset_partial_state=True)  # it is global: an earlier run may have chosen otherwise
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
     if accelerator.num_processes > 1:
         raise UserError(f"extend was started in {accelerator.num_processes} processes; start it without a launcher")

@@ -91,6 +91,13 @@ def test_what_a_training_leaves(work: Path, whole: Path) -> None:
     assert all(not torch.equal(trained.tensor(n), source.tensor(n).bfloat16()) for n in source.names() if "proj" in n)
 
 
+def test_bfloat16_forward_trains_float32_weights(work: Path, whole: Path) -> None:
+    short = config(work, stages=(Stage(steps=2, seq_len=512, batch_size=2, lr=3e-3, warmup=1),), dtype="bfloat16")
+    rows, exact = curve(extend(str(work / "source"), work / "sixteen", short)), curve(whole)
+    assert rows[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-2)
+    assert rows[0]["loss"] != exact[0]["loss"]
+
+
 def test_it_learns(work: Path) -> None:
     steps = config(
         work, stages=(Stage(steps=30, seq_len=512, batch_size=2, lr=3e-3, retrieval_share=0.0),), save_every=0
