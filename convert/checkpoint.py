@@ -16,6 +16,7 @@ from lcconvert.runtime.source import FolderSource, TensorSource
 
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")  # of a model split over several files
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.json", "LICENSE*"]
 _FORMS = "give an HF checkpoint folder, a .gguf file, package:NAME or a Hub id such as owner/model"
@@ -41,7 +42,8 @@ def open_checkpoint(src: str | Path, *, revision: str | None = None) -> TensorSo
 
 def _open_folder(path: Path) -> TensorSource:
     if not (path / "config.json").is_file() and (packed := sorted(path.glob("*.gguf"))):
-        if len(packed) > 1:
+        packed = [file for file in packed if not _LATER_PART.search(file.name)] or packed
+        if len(packed) != 1:
             names = ", ".join(file.name for file in packed)
             raise UserError(f"{path} holds {len(packed)} GGUF files ({names}); give the path of one of them")
         return GgufSource(packed[0])

@@ -26,6 +26,7 @@ _STRING, _ARRAY = 8, 9
 class GgufTensor:
     """One entry of the tensor table; `shape` is in torch order, `start` counts from the beginning of the file."""
 
+    path: Path
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     start: int
@@ -105,7 +106,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
             raise UserError(
                 f"tensor {name} of {path} has rows of {shape[-1]}, not a multiple of {block}; it is damaged"
             )
-        tensors[name] = GgufTensor(shape, kind, data_start + offset, prod(shape) // block * block_bytes)
+        tensors[name] = GgufTensor(path, shape, kind, data_start + offset, prod(shape) // block * block_bytes)
     last = max(tensors, key=lambda name: tensors[name].start + tensors[name].size, default=None)
     if last is not None and (end := tensors[last].start + tensors[last].size) > reader.size:
         raise UserError(

@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 import torch
 
-from lcconvert.convert.gguf_header import read_gguf_header
+from lcconvert.convert.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from lcconvert.convert.gguf_tokenizer import special_token_ids, tokenizer_files
 from lcconvert.runtime.errors import UserError
 
@@ -55,14 +55,15 @@ class GgufSource:
         self.name = str(path)
         header = read_gguf_header(path)
         self._metadata = header.metadata
+        stored = _with_other_parts(path, header)
         self._arch = str(self._metadata.get("general.architecture"))
         if self._arch not in _ARCHITECTURES:
             raise UserError(
                 f"{path} holds architecture {self._arch!r}, expected one of {', '.join(_ARCHITECTURES)}; "
                 "convert the original checkpoint instead"
             )
-        self._divisors = header.tensors.pop(_ROPE_DIVISORS, None)
-        self._tensors = {_hf_name(name, path): (name, entry) for name, entry in header.tensors.items()}
+        self._divisors = stored.pop(_ROPE_DIVISORS, None)
+        self._tensors = {_hf_name(name, path): (name, entry) for name, entry in stored.items()}
         for kind in sorted({entry.kind for _, entry in self._tensors.values()}):
             self._check_readable(kind)
         self.config = self._config()
@@ -97,14 +98,14 @@ class GgufSource:
             values = values.reshape(heads, values.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(entry.shape)
         return torch.from_numpy(np.ascontiguousarray(values))
 
-    def _entry(self, name: str) -> Any:
+    def _entry(self, name: str) -> tuple[str, GgufTensor]:
         try:
             return self._tensors[name]
         except KeyError:
             raise UserError(f"tensor {name} is not in {self.name}; the checkpoint is incomplete") from None
 
-    def _read(self, entry: Any) -> np.ndarray:
-        raw = np.fromfile(self.path, dtype=np.uint8, count=entry.size, offset=entry.start)
+    def _read(self, entry: GgufTensor) -> np.ndarray:
+        raw = np.fromfile(entry.path, dtype=np.uint8, count=entry.size, offset=entry.start)
         if entry.kind == gguf.GGMLQuantizationType.F32:
             return raw.view(np.float32).reshape(entry.shape)
         if entry.kind == gguf.GGMLQuantizationType.F16:
@@ -182,7 +183,7 @@ class GgufSource:
         prefix = "rope.scaling."
         kind = str(self._key(prefix + "type", "none"))
         if self._divisors is not None:
-            return self._llama3_scaling(theta, head_dim)
+            return self._llama3_scaling(self._divisors, theta, head_dim)
         if kind == "none":
             return {}
         factor = float(self._key(prefix + "factor"))
@@ -205,9 +206,9 @@ class GgufSource:
             return scaling
         raise UserError(f"{self.path} has rope.scaling.type {kind!r}, expected none, linear or yarn")
 
-    def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
+    def _llama3_scaling(self, table: GgufTensor, theta: float, head_dim: int) -> dict[str, Any]:
         """Recovers the llama3 parameters from the divisors and checks that they reproduce every one of them."""
-        divisors = self._read(self._divisors).reshape(-1).astype(np.float64)
+        divisors = self._read(table).reshape(-1).astype(np.float64)
         factor = float(divisors.max())
         low, high = _LLAMA3_BANDS["low_freq_factor"], _LLAMA3_BANDS["high_freq_factor"]
         turns = _LLAMA3_BANDS["original_max_position_embeddings"] * theta ** (-np.arange(0, head_dim, 2) / head_dim)
@@ -219,6 +220,25 @@ class GgufSource:
                 "convert the original checkpoint instead"
             )
         return {"rope_type": "llama3", "factor": factor, **_LLAMA3_BANDS}
+
+
+def _with_other_parts(path: Path, header: GgufHeader) -> dict[str, GgufTensor]:
+    """All tensors of a model in one or several files; the first of several holds the metadata and names the rest."""
+    count = header.metadata.get("split.count", 1)
+    if count <= 1:
+        return dict(header.tensors)
+    first = f"-00001-of-{count:05d}.gguf"
+    if not path.name.endswith(first):
+        raise UserError(f"{path} is one of {count} parts of a model; give the part whose name ends in {first}")
+    tensors = dict(header.tensors)
+    for number in range(2, count + 1):
+        part = path.with_name(path.name.removesuffix(first) + f"-{number:05d}-of-{count:05d}.gguf")
+        if not part.is_file():
+            raise UserError(f"{part} is missing though the model has {count} parts; fetch it too")
+        tensors |= read_gguf_header(part).tensors
+    if len(tensors) != (total := header.metadata.get("split.tensors.count", len(tensors))):
+        raise UserError(f"the {count} parts of {path} hold {len(tensors)} tensors, expected {total}; fetch them again")
+    return tensors
 
 
 def _hf_name(name: str, path: Path) -> str:

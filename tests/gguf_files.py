@@ -113,11 +113,12 @@ def write_gguf(
     tokenizer: dict[str, Any] | None = None,
     metadata: dict[str, Any] | None = None,
     extra_tensors: dict[str, np.ndarray] | None = None,
+    split_max_tensors: int = 0,
 ) -> Path:
     """Writes `model` under `arch` (its model type); matrices in `storage`, vectors in F32; `metadata` adds keys."""
     config = model.config
     arch = arch or config.model_type
-    writer = gguf.GGUFWriter(str(path), arch)
+    writer = gguf.GGUFWriter(str(path), arch, split_max_tensors=split_max_tensors)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -238,6 +238,20 @@ def test_a_folder_with_one_gguf_is_that_file(tmp_path: Path, small_file: Path) -
         open_checkpoint(tmp_path)
 
 
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    model = tiny_model("llama", tied=False)
+    write_gguf(tmp_path / "m.gguf", model, split_max_tensors=8)
+    first = tmp_path / "m-00001-of-00003.gguf"
+    for source in (open_checkpoint(first), open_checkpoint(tmp_path)):
+        assert_same_tensors(tensors(source), model.state_dict(), tied=False)
+    second = tmp_path / "m-00002-of-00003.gguf"
+    with pytest.raises(UserError, match=r"one of 3 parts of a model; give the part whose name ends in -00001-of-00003"):
+        open_checkpoint(second)
+    second.unlink()
+    with pytest.raises(UserError, match=r"m-00002-of-00003\.gguf is missing though the model has 3 parts"):
+        open_checkpoint(first)
+
+
 def test_chat_template_travels(tmp_path: Path) -> None:
     words = vocabulary("gpt2") | {"tokenizer.chat_template": CHATML}
     source = GgufSource(write_gguf(tmp_path / "m.gguf", tiny_model("llama"), tokenizer=words))
