@@ -12,7 +12,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Haystack:
     """One long text. `name` is what reports call it, `sha256` that of its UTF-8 bytes."""
 
     name: str
-    text: str
+    text: str = field(repr=False)
 
     @classmethod
     def load(cls, path: Path | None = None) -> Haystack:

@@ -17,7 +17,7 @@ from lcconvert.runtime.errors import CheckFailed, UserError
 from lcconvert.runtime.tokenizer import Tokenizer
 
 # Version of the texts below; part of every sample's key. Change it with them.
-WORDING = "facts-1"
+WORDING = "facts-2"
 _INTRO = (
     "The text below hides the numbers of some things among other sentences. "
     "Read all of it and remember them, because you will be asked about one of them afterwards.\n\n"
@@ -25,12 +25,11 @@ _INTRO = (
 _NEEDLE = " The {subject} is {value}."
 _QUESTION = "\n\nWhat is the {subject}?"
 _PREFIX = "The {subject} is"
-# What a number can be of: needles that share a haystack differ in this too, so that each question is about finding one
+# What a number can be; needles that share a haystack differ in this too, so that each question is about finding one
 # fact and not about telling near-duplicates apart.
 _KINDS = (
-    "access code", "account number", "flight number", "invoice number", "licence number", "locker number",
-    "order number", "passport number", "policy number", "post code", "project number", "registration number",
-    "room number", "serial number", "ticket number", "membership number",
+    "access code", "price", "population", "phone number", "weight", "password", "altitude", "ticket number",
+    "budget", "mileage", "serial number", "distance", "balance", "room number", "area", "insurance value",
 )  # fmt: skip
 _PAD = " ."
 _ATTEMPTS = 6
@@ -83,11 +82,11 @@ def _equal_cost(tokenizer: Tokenizer, kinds: list[str], names: list[str]) -> lis
     for cost in sorted(set(costs.values())):
         subjects, words = [], set[str]()
         for kind in kinds:
-            name = next((n for n in names[:_TRIED] if costs[kind, n] == cost and not words & set(n.split())), None)
-            if name is None:
+            fitting = (n for n in names[:_TRIED] if costs[kind, n] == cost and not words & set(n.split()))
+            if (chosen := next(fitting, None)) is None:
                 break
-            subjects.append(f"{kind} of the {name}")
-            words |= set(name.split())
+            subjects.append(f"{kind} of the {chosen}")
+            words |= set(chosen.split())
         else:
             return subjects
     raise UserError(f"{len(kinds) - 1} depths need as many subjects of equal token count; ask for fewer depths")
@@ -112,7 +111,7 @@ def build_prompt(
     `start` is the sentence of `bank` that the haystack begins with. UserError when the frame alone does not fit.
     """
     target = length - reserved
-    frame = len(_encode(tokenizer, _content(needles, [], 0, questions[0])[0], questions[0]))
+    frame = len(_encode(tokenizer, _content(needles, [], "", questions[0])[0], questions[0]))
     if frame > target:
         raise UserError(
             f"needle length {length} is {frame - target} tokens too short for the chat template, "
@@ -126,9 +125,10 @@ def build_prompt(
         sentences.append((cut, len(tokenizer.encode(f" {cut}"))))
         room -= sentences[-1][1]
 
-    pads = room
+    # in tokens; a dot of the pad costs one token in common vocabularies, two in a byte-level one without merges
+    pads, unit = room, len(tokenizer.encode(_PAD * 4)) // 4 or 1
     for _ in range(_ATTEMPTS):
-        content, depths = _content(needles, sentences, pads, questions[0])
+        content, depths = _content(needles, sentences, _PAD * (pads // unit) + "." * (pads % unit), questions[0])
         ids = _encode(tokenizer, content, questions[0])
         if len(ids) == target:
             break
@@ -144,7 +144,7 @@ def build_prompt(
 
 
 def _content(
-    needles: list[Needle], sentences: list[tuple[str, int]], pads: int, question: str
+    needles: list[Needle], sentences: list[tuple[str, int]], padding: str, question: str
 ) -> tuple[str, list[float]]:
     """The user's message, and for each needle the share of haystack tokens before it."""
     total = sum(count for _, count in sentences)
@@ -160,9 +160,9 @@ def _content(
         if sentence:
             parts.append(f" {sentence}")
             used += count
-    # pads stand inside the haystack, before a needle at its very end
+    # padding stands inside the haystack, before a needle at its very end
     last = len(parts) - 1 if parts and needles and max(n.depth for n in needles) >= 1 else len(parts)
-    parts.insert(last, _PAD * pads)
+    parts.insert(last, padding)
     return _INTRO + "".join(parts).strip() + _QUESTION.format(subject=question), depths
 
 

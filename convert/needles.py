@@ -21,13 +21,14 @@ import torch
 
 from lcconvert.convert.cost import PeakMemory, is_out_of_memory, kv_bytes_of, synchronize
 from lcconvert.convert.haystack import SentenceBank
-from lcconvert.convert.needle_prompt import WORDING, Needle, build_prompt, choose_needles, prompt_mode
+from lcconvert.convert.needle_prompt import WORDING, Needle, Prompt, build_prompt, choose_needles, prompt_mode
 from lcconvert.convert.results import CellState, Control, Cost, NeedleCell, NeedleLength, Needles
 from lcconvert.convert.samples import SampleLog, sample_key
 from lcconvert.convert.scoring import candidates, decided, score, wilson
 from lcconvert.convert.words import key_names
 from lcconvert.runtime.engine import Engine
 from lcconvert.runtime.kv_cache import Sequence
+from lcconvert.runtime.tokenizer import Tokenizer
 
 Protocol = Literal["shared", "single"]
 
@@ -70,10 +71,10 @@ class Answer:
     error: str | None = None
 
 
-def contexts(plan: NeedlePlan, engine: Engine, sample: int, length: int) -> list[Context]:
+def contexts(plan: NeedlePlan, tokenizer: Tokenizer, sample: int, length: int) -> list[Context]:
     """The haystacks of one sample at one length: one under "shared", one per depth under "single"."""
     rng = random.Random(f"{plan.seed}/{sample}")
-    needles, absent = choose_needles(engine.tokenizer, key_names("valid"), plan.depths, rng)
+    needles, absent = choose_needles(tokenizer, key_names("valid"), plan.depths, rng)
     asked = [Question(n.subject, n.value, n.depth) for n in needles]
     control = Question(absent.subject, absent.value, None)
     if plan.protocol == "shared":
@@ -82,6 +83,19 @@ def contexts(plan: NeedlePlan, engine: Engine, sample: int, length: int) -> list
         Context(length, sample, (needle,), (question, control) if i == 0 else (question,))
         for i, (needle, question) in enumerate(zip(needles, asked))
     ]
+
+
+def prompt_of(context: Context, plan: NeedlePlan, tokenizer: Tokenizer, bank: SentenceBank) -> Prompt:
+    """The text of a context; UserError when its length is too short for the needles and the question."""
+    return build_prompt(
+        tokenizer,
+        bank,
+        length=context.length,
+        reserved=plan.max_new_tokens,
+        needles=list(context.needles),
+        questions=[question.subject for question in context.questions],
+        start=bank.start_of(context.sample, plan.samples),
+    )
 
 
 def ask(engine: Engine, context: Sequence, tail: list[int], references: list[str], max_new_tokens: int) -> Answer:
@@ -139,7 +153,7 @@ def run_needles(
     worst: tuple[int, float] | None = None  # tokens and seconds of the last context measured
     for length in plan.lengths:
         for sample in range(plan.samples):
-            for context in contexts(plan, engine, sample, length):
+            for context in contexts(plan, engine.tokenizer, sample, length):
                 if out_of_memory:  # a longer one cannot fit either
                     out_of_memory.add(length)
                     continue
@@ -174,15 +188,7 @@ def _run_context(
         advance()
     if not missing:
         return True
-    prompt = build_prompt(
-        engine.tokenizer,
-        bank,
-        length=context.length,
-        reserved=plan.max_new_tokens,
-        needles=list(context.needles),
-        questions=[question.subject for question in context.questions],
-        start=bank.start_of(context.sample, plan.samples),
-    )
+    prompt = prompt_of(context, plan, engine.tokenizer, bank)
     seq = engine.new_sequence()
     try:
         with PeakMemory(engine.device) as peak:
@@ -252,7 +258,7 @@ def tally(
     for length in plan.lengths:
         found = []
         for sample in range(plan.samples):
-            for context in contexts(plan, engine, sample, length):
+            for context in contexts(plan, engine.tokenizer, sample, length):
                 keys = [question_key(base, plan, context, question) for question in context.questions]
                 found += [row for key in keys if (row := log.get(key)) is not None]
         rows[length] = found

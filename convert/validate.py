@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lcconvert.convert.claim import checks, context_claim, write_claim
 from lcconvert.convert.cost import kv_bytes_formula
 from lcconvert.convert.hashing import WEIGHT_PATTERNS, artifact_hash, file_hash
 from lcconvert.convert.haystack import Haystack, SentenceBank
-from lcconvert.convert.needles import NeedlePlan, run_needles, tally
+from lcconvert.convert.needles import NeedlePlan, contexts, prompt_of, run_needles, tally
 from lcconvert.convert.perplexity import run_perplexity, windows
 from lcconvert.convert.progress import progress
 from lcconvert.convert.report import PAGE_FILES, write_report
@@ -37,6 +37,7 @@ from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
 from lcconvert.runtime.sidecar import Sidecar
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.tokenizer import Tokenizer
 
 
 def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, Any]:
@@ -53,12 +54,19 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
     text = haystack if config.perplexity_text == config.haystack else Haystack.load(config.perplexity_text)
     folder = Path(src) if Path(src).is_dir() else None
     out = _output_folder(src, folder, out)
+    plan = NeedlePlan(
+        config.lengths, config.depths, config.samples, config.protocol, config.max_new_tokens, config.seed
+    )
+    bank = SentenceBank(haystack, subject.tokenizer)
+    if config.lengths:  # both raise UserError for a text or a length that is too short
+        prompt_of(contexts(plan, subject.tokenizer, 0, config.lengths[0])[0], plan, subject.tokenizer, bank)
+    if tokens := max(config.perplexity_context or 0, config.agreement_tokens if reference else 0):
+        text.excerpt(subject.tokenizer, tokens, "the measurement")
     base = subject.key_parts(haystack)
     steps = len(windows(config.perplexity_context)) if config.perplexity_context else 0
     steps += len(config.lengths) * config.samples * (len(config.depths) + 1) + (3 if reference else 0)
 
-    out.mkdir(parents=True, exist_ok=True)
-    with SampleLog(out / LOG) as log, _explains_interruption(out, log), progress("validate", steps, "results") as bar:
+    with _open_log(out) as log, progress("validate", steps, "results") as bar:
         compared = _Comparison(subject, reference, text, config, base, log, bar.advance) if reference else None
         if compared:
             compared.read_reference()  # before the subject is loaded: one model in memory at a time
@@ -71,17 +79,13 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
             )
         needles, cost = None, list[Cost]()
         if config.lengths:
-            bank = SentenceBank(haystack, engine.tokenizer)
-            plan = NeedlePlan(
-                config.lengths, config.depths, config.samples, config.protocol, config.max_new_tokens, config.seed
-            )
             deadline = started + config.max_seconds if config.max_seconds else None
             oom = run_needles(engine, bank, plan, base, log, bar.advance, deadline)
             needles, cost = tally(plan, engine, base, log, oom, text.sha256 if config.perplexity_context else None)
 
     claim = context_claim(needles)
     report = Report(
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - started, 3),
         artifact=subject.artifact(),
         setup=_setup(engine),
@@ -109,6 +113,7 @@ class _Subject:
 
     source: TensorSource
     spec: ModelSpec
+    tokenizer: Tokenizer
     sidecar: Sidecar
     sha256: str
     weight_bytes: int
@@ -130,7 +135,8 @@ class _Subject:
         device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         spec = ModelSpec.from_config(source.config)
-        return cls(source, spec, sidecar, sha256, weight_bytes, device, dtype, max(needed))
+        tokenizer = Tokenizer.from_files(source.files)
+        return cls(source, spec, tokenizer, sidecar, sha256, weight_bytes, device, dtype, max(needed))
 
     def key_parts(self, haystack: Haystack) -> dict[str, Any]:
         """What every measurement depends on: weights, cache scheme, attention policy, arithmetic, haystack, code."""
@@ -236,14 +242,24 @@ def _output_folder(src: str, folder: Path | None, out: Path | None) -> Path:
 
 
 @contextmanager
-def _explains_interruption(out: Path, log: SampleLog) -> Iterator[None]:
+def _open_log(out: Path) -> Iterator[SampleLog]:
+    """The log in `out`, made when absent. Ctrl-C says what is kept; a run that measured nothing leaves nothing."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"validation stopped; {len(log)} finished results are kept in {out / LOG} and the one being measured is "
-            "lost; run the same command again to go on"
-        ) from None
+        with SampleLog(out / LOG) as log:
+            try:
+                yield log
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"validation stopped; {len(log)} finished results are kept in {out / LOG} and the one being "
+                    "measured is lost; run the same command again to go on"
+                ) from None
+    finally:
+        if not (out / LOG).stat().st_size:
+            (out / LOG).unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def identity(source: TensorSource) -> tuple[str, int]:

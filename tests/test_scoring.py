@@ -1,0 +1,64 @@
+"""Needle scoring: the two rules, the outcomes, early stopping, and Wilson's interval against known values."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcconvert.convert.scoring import candidates, decided, score, wilson
+
+
+@pytest.mark.parametrize(
+    ("answer", "finish", "contains", "strict", "outcome"),
+    [
+        (" 1234567.", "stop", 1.0, True, "correct"),
+        ("1234567", "length", 1.0, True, "correct"),  # complete although it touches the cap
+        ("The code is 1234567, as given", "stop", 1.0, True, "correct"),
+        ("7654321 and then 1234567", "stop", 1.0, False, "wrong"),  # substring credit only
+        ("51234567", "stop", 1.0, False, "wrong"),  # digits run together
+        ("7654321.", "stop", 0.0, False, "wrong"),
+        ("I do not know.", "stop", 0.0, False, "wrong"),
+        (" \n\x00", "stop", 0.0, False, "empty"),
+        ("", "length", 0.0, False, "empty"),
+        ("123456", "length", 0.0, False, "hit_cap"),  # cut inside the number
+        ("Well, let me think about", "length", 0.0, False, "hit_cap"),
+        ("999 and so on", "length", 0.0, False, "wrong"),  # it had answered before the cap
+    ],
+)
+def test_single_reference(answer: str, finish: str, contains: float, strict: bool, outcome: str) -> None:
+    verdict = score(answer, ["1234567"], finish=finish)  # type: ignore[arg-type]
+    assert (verdict.contains, verdict.strict, verdict.outcome) == (contains, strict, outcome)
+
+
+def test_several_references_take_as_many_candidates() -> None:
+    assert score("11, 22 and 33", ["22", "11"], finish="stop").strict
+    listed = score("33, 22, 11", ["22", "11"], finish="stop")
+    assert (listed.contains, listed.strict, listed.outcome) == (1.0, False, "wrong")
+    assert score("22", ["22", "11"], finish="stop").contains == 0.5
+
+
+def test_listing_every_number_scores_under_contains_only() -> None:
+    numbers = [str(n) for n in range(1_000_000, 1_000_050)]
+    verdicts = [score(" ".join(numbers), [n], finish="stop") for n in numbers[1:]]
+    assert all(v.contains == 1.0 and not v.strict for v in verdicts)
+
+
+def test_candidates_at_the_end_need_a_finished_answer() -> None:
+    assert candidates("12 and 345", finished=True) == ["12", "345"]
+    assert candidates("12 and 345", finished=False) == ["12"]
+
+
+@given(st.text("0123456789 .,x\n", max_size=12), st.text("0123456789 .,x\n", max_size=12))
+def test_a_decided_verdict_never_changes(answer: str, more: str) -> None:
+    if decided(answer, ["12"]):
+        early, late = score(answer, ["12"], finish="length"), score(answer + more, ["12"], finish="length")
+        assert early == late
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"),
+    [(5, 5, 0.5655, 1.0), (0, 5, 0.0, 0.4345), (8, 10, 0.4902, 0.9433), (0, 0, 0.0, 1.0), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson_known_values(k: int, n: int, low: float, high: float) -> None:
+    assert wilson(k, n) == pytest.approx((low, high), abs=2e-4)
