@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from lcconvert.kernels.backend import jit, tl, use_triton
 from lcconvert.kernels.fp8 import E4M3_MAX, expand_e4m3
 
 PAGE = 128  # tokens
@@ -72,15 +73,60 @@ def _affine4(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, tor
 def _quantize_int4(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     pages, tokens, heads, d = _page_shape(x)
     assert d % 2 == 0
-    small = heads * (d if dim == 2 else tokens)
     codes = torch.empty((pages, heads, tokens, d // 2), dtype=torch.uint8, device=x.device)
-    scale = torch.empty((pages, heads, small // heads), dtype=torch.float16, device=x.device)
-    zero = torch.empty_like(scale)
+    scale = torch.empty((pages, heads, d if dim == 2 else tokens), dtype=torch.float16, device=x.device)
+    zero = torch.empty((pages, heads, d if dim == 2 else tokens), dtype=torch.float16, device=x.device)
+    if use_triton(x) and x.stride(3) == 1 and d & (d - 1) == 0:
+        _quantize_kernel[(pages, heads)](
+            x, codes, scale, zero, x.stride(0), x.stride(1), x.stride(2), D=d, PAGE=tokens, BY_CHANNEL=dim == 2
+        )
+        return codes, scale, zero
     step = max(1, _CHUNK // (tokens * heads * d))
     for start in range(0, pages, step):
         part = slice(start, start + step)
         codes[part], scale[part], zero[part] = _affine4(x[part].transpose(1, 2), dim)
     return codes, scale, zero
+
+
+@jit
+def _quantize_kernel(
+    x, codes, scale, zero, x_page, x_token, x_head, D: tl.constexpr, PAGE: tl.constexpr, BY_CHANNEL: tl.constexpr
+):
+    HALF: tl.constexpr = D // 2
+    page = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    unit = page * tl.num_programs(1) + head
+    token = tl.arange(0, PAGE)
+    half = tl.arange(0, HALF)
+    source = x + page * x_page + head * x_head + token[:, None] * x_token + half[None, :]
+    low = tl.load(source).to(tl.float32)  # [PAGE, HALF]
+    high = tl.load(source + HALF).to(tl.float32)
+    if BY_CHANNEL:
+        low_codes, low_scale, low_zero = _affine(low, tl.min(low, 0), tl.max(low, 0), 0)
+        high_codes, high_scale, high_zero = _affine(high, tl.min(high, 0), tl.max(high, 0), 0)
+        tl.store(scale + unit * D + half, low_scale)
+        tl.store(scale + unit * D + HALF + half, high_scale)
+        tl.store(zero + unit * D + half, low_zero)
+        tl.store(zero + unit * D + HALF + half, high_zero)
+    else:
+        smallest = tl.minimum(tl.min(low, 1), tl.min(high, 1))
+        largest = tl.maximum(tl.max(low, 1), tl.max(high, 1))
+        low_codes, row_scale, row_zero = _affine(low, smallest, largest, 1)
+        high_codes, row_scale, row_zero = _affine(high, smallest, largest, 1)
+        tl.store(scale + unit * PAGE + token, row_scale)
+        tl.store(zero + unit * PAGE + token, row_zero)
+    target = codes + unit * (PAGE * HALF) + token[:, None] * HALF + half[None, :]
+    tl.store(target, low_codes | (high_codes << 4))
+
+
+@jit
+def _affine(x, smallest, largest, AXIS: tl.constexpr):
+    scale = tl.div_rn(largest - smallest, 15.0).to(tl.float16)
+    zero = smallest.to(tl.float16)
+    step = scale.to(tl.float32)
+    step = tl.expand_dims(tl.where(step > 0, step, 1.0), AXIS)
+    steps = tl.floor(tl.div_rn(x - tl.expand_dims(zero.to(tl.float32), AXIS), step) + 0.5)
+    return tl.minimum(tl.maximum(steps, 0.0), 15.0).to(tl.uint8), scale, zero
 
 
 def _page_shape(x: torch.Tensor) -> tuple[int, int, int, int]:
