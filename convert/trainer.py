@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -89,39 +90,14 @@ def train(
         for number, stage in enumerate(config.plan):
             rows = StageRows(stage, corpus, tokenizer, config.context, config.seed, first_row, first_token)
             step = max(done, first_step)
-            skipped = min(step - first_step, stage.steps) * stage.accumulate
-            accelerator.gradient_accumulation_steps = stage.accumulate
-            loader = accelerator.prepare(DataLoader(rows, batch_size=stage.batch_size))
-            losses: list[float] = []
-            began = time.monotonic()
-            for batch in accelerator.skip_first_batches(loader, skipped) if skipped < len(loader) else ():
-                with accelerator.accumulate(model):
-                    loss = model(batch["ids"], batch["positions"], batch["weights"])
-                    losses.append(loss.item())
-                    if not math.isfinite(losses[-1]):
-                        raise CheckFailed(_not_finite(step + 1, folder))
-                    accelerator.backward(loss)
-                    if not accelerator.sync_gradients:
-                        continue
-                    lr = learning_rate(stage, step - first_step)
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
-                    norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm).item()
-                    optimizer.step()
-                    optimizer.zero_grad()
+            for result in _stage_steps(accelerator, model, optimizer, rows, config.clip_norm, step - first_step):
+                if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+                    raise CheckFailed(_not_finite(step + 1, folder))
                 step += 1
-                log.add(
-                    step=step,
-                    stage=number,
-                    loss=sum(losses) / len(losses),
-                    lr=lr,
-                    grad_norm=norm,
-                    tokens=first_token + (step - first_step) * stage.accumulate * stage.batch_size * stage.seq_len,
-                    seconds=round(time.monotonic() - began, 3),
-                )
-                bar.note(f"loss {log.rows[-1]['loss']:.3f}")
+                tokens = first_token + (step - first_step) * (stage.rows // stage.steps) * stage.seq_len
+                log.add(step=step, stage=number, tokens=tokens, **asdict(result))
+                bar.note(f"loss {result.loss:.3f}")
                 bar.advance()
-                losses, began = [], time.monotonic()
                 if stop.is_set() or (config.save_every and step % config.save_every == 0 and step < total):
                     _save(accelerator, folder, step, identity)
                 if stop.is_set():
@@ -140,6 +116,55 @@ def train(
         "seconds": round(sum(row["seconds"] for row in log.rows), 1),
         "data_sha256": corpus.sha256,
     }
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+
+
+def _stage_steps(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: StageRows,
+    clip_norm: float,
+    done: int,
+) -> Iterator[StepResult]:
+    """Trains on the rows of one stage after its first `done` steps, one result a step.
+
+    A loss or gradient that is not finite ends it with the weights as they were before that step.
+    """
+    stage, step = rows.stage, done
+    if done >= stage.steps:
+        return
+    accelerator.gradient_accumulation_steps = stage.accumulate
+    loader = accelerator.prepare(DataLoader(rows, batch_size=stage.batch_size))
+    losses: list[float] = []
+    began = time.monotonic()
+    for batch in accelerator.skip_first_batches(loader, done * stage.accumulate):
+        with accelerator.accumulate(model):
+            loss = model(batch["ids"], batch["positions"], batch["weights"])
+            losses.append(loss.item())
+            accelerator.backward(loss)
+            if not accelerator.sync_gradients:
+                continue
+            lr = learning_rate(stage, step)
+            norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm).item()
+            result = StepResult(sum(losses) / len(losses), lr, norm, round(time.monotonic() - began, 3))
+            if not (math.isfinite(result.loss) and math.isfinite(norm)):
+                yield result
+                return
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+        yield result
+        step += 1
+        losses, began = [], time.monotonic()
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -206,7 +231,7 @@ def _not_finite(step: int, folder: Path) -> str:
     left = (
         f"the checkpoint of step {kept} is kept in {folder / STATE}" if kept else "no checkpoint had been written yet"
     )
-    return f"the loss at step {step} is not finite; {left}; start again with a lower learning rate"
+    return f"the loss or its gradient at step {step} is not finite; {left}; start again with a lower learning rate"
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def test_nan_stops_and_names_the_step(work: Path, monkeypatch: pytest.MonkeyPatc
         return plain(*args) * (float("nan") if len(calls) == 4 else 1.0)
 
     monkeypatch.setattr(trainer, "weighted_cross_entropy", failing)
-    with pytest.raises(CheckFailed, match=r"loss at step 4 is not finite; the checkpoint of step 2 is kept"):
+    with pytest.raises(CheckFailed, match=r"at step 4 is not finite; the checkpoint of step 2 is kept"):
         extend(str(work / "source"), work / "nan", config(work))
     assert trainer.saved_step(work / "nan.partial") == 2
     assert len(curve(work / "nan.partial")) == 3
