@@ -1,7 +1,7 @@
 """Decides, in one place, whether a kernel runs as Triton or as the plain PyTorch function beside it.
 
 Every public kernel has both forms with one signature and asks `use_triton` which to run. CUDA tensors take Triton when
-it is installed; CPU tensors take PyTorch. Triton's interpreter can run on CPU tensors but is only a checking tool, so it
+it is installed; CPU tensors take PyTorch. Triton's interpreter can run on CPU tensors but only checks kernels, so it
 runs when a test forces it. Without Triton (macOS, Windows) the modules still import: `jit` then leaves functions alone.
 """
 

@@ -24,7 +24,7 @@ def expand_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_fp8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] -> (e4m3 [M, K], scale float32 [M, 1]) with x ~= e4m3 * scale; scale = absmax / 448, 1 for a zero row."""
+    """x [M, K] -> (e4m3 [M, K], scale fp32 [M, 1]) with x ~= e4m3 * scale; scale = absmax / 448, 1 for a zero row."""
     assert x.ndim == 2
     assert x.is_floating_point()
     values = x.float()
@@ -45,10 +45,10 @@ def fp8_matmul(
     assert weight.is_contiguous()
     assert weight_scale.shape == (n, 1)
     assert weight_scale.dtype == torch.float32
-    assert x.ndim == 2 and x.shape[1] == k, f"x {tuple(x.shape)} does not fit K={k}"
+    assert x.shape == (x.shape[0], k), f"x {tuple(x.shape)} does not fit K={k}"
     codes, scale = quantize_fp8_rows(x)
     if x.is_cuda:
-        assert k % 16 == 0 and n % 16 == 0, f"fp8 on CUDA needs multiples of 16, got N={n} K={k}"
+        assert k % 16 == n % 16 == 0, f"fp8 on CUDA needs multiples of 16, got N={n} K={k}"
         # Row-wise scales are only offered with a bfloat16 result.
         out = torch._scaled_mm(
             codes, weight.T, scale_a=scale, scale_b=weight_scale.T, out_dtype=torch.bfloat16, use_fast_accum=False

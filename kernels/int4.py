@@ -9,6 +9,9 @@ and for bfloat16 it is ten times faster than anything exact. So float32 takes th
 caller who accepts bfloat16 rounding repacks once with `prepare_int4_cpu`.
 """
 
+# mypy: allow-untyped-defs
+# Triton functions take pointers and compile-time constants, which have no Python types.
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -64,7 +67,7 @@ def _check_weight(packed: torch.Tensor, scale: torch.Tensor) -> tuple[int, int]:
     assert scale.ndim == 2
     assert scale.shape[0] == packed.shape[0]
     k, groups = packed.shape[1] * 8, scale.shape[1]
-    assert k % groups == 0 and (k // groups) % 8 == 0, f"{groups} groups do not divide {k} inputs into eights"
+    assert k % (8 * groups) == 0, f"{groups} groups do not divide {k} inputs into eights"
     return packed.shape[0], groups
 
 
@@ -74,7 +77,7 @@ def int4_matmul(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> t
     M <= 16 reads the weight in 4 bits; larger M expands it first. Sums are float32.
     """
     _check_weight(packed, scale)
-    assert x.ndim == 2 and x.shape[1] == packed.shape[1] * 8, f"x {tuple(x.shape)} does not fit K={packed.shape[1] * 8}"
+    assert x.shape == (len(x), packed.shape[1] * 8), f"x {tuple(x.shape)} does not fit K={packed.shape[1] * 8}"
     if x.shape[0] > SMALL_M:
         return x @ dequantize_int4(packed, scale, x.dtype).T
     group_words = packed.shape[1] // scale.shape[1]
@@ -111,7 +114,7 @@ class PreparedInt4(NamedTuple):
 
 
 def prepare_int4_cpu(packed: torch.Tensor, scale: torch.Tensor) -> PreparedInt4 | None:
-    """Repack for `int4_matmul_prepared`; None where it does not take the shape (g must be 32 to 256, N a multiple of 16)."""
+    """Repack for `int4_matmul_prepared`; None where it lacks the shape (g must be 32 to 256, N a multiple of 16)."""
     n, groups = _check_weight(packed, scale)
     group = packed.shape[1] * 8 // groups
     if group not in (32, 64, 128, 256) or n % 16 or packed.device.type != "cpu":

@@ -4,9 +4,13 @@ Keys get a scale and zero point per channel over the page, because rotary channe
 that per-token scales cannot absorb; values get one pair per token. Codes are split-half packed: byte j of a row is
 channel j (low nibble) and channel j + D/2 (high), so a kernel needs no interleave. Nothing goes under 4 bits.
 
-The surprise: codes are made against the scale and zero point after they are rounded to float16, so what is stored decodes
-consistently; a channel's minimum is `zero` and its maximum `zero + 15 * scale`, which page selection may use as bounds.
+The surprise: codes are made against the scale and zero point after they are rounded to float16, so what is stored
+decodes consistently; a channel's minimum is `zero` and its maximum `zero + 15 * scale`, which page selection may use as
+bounds.
 """
+
+# mypy: allow-untyped-defs
+# Triton functions take pointers and compile-time constants, which have no Python types.
 
 from __future__ import annotations
 
@@ -52,9 +56,8 @@ class PageTensors:
         for extra, wanted in ((self.scale, True), (self.zero, self.kind != "fp8")):
             assert (extra is not None) == wanted, f"{self.kind} pages: scale or zero missing or unexpected"
             if extra is not None:
-                assert extra.shape == shape[self.kind] and extra.is_contiguous(), (
-                    f"{tuple(extra.shape)} for {self.kind}"
-                )
+                assert extra.shape == shape[self.kind], f"{tuple(extra.shape)} for {self.kind} pages"
+                assert extra.is_contiguous()
                 assert extra.dtype == (torch.float32 if self.kind == "fp8" else torch.float16)
 
 
@@ -130,7 +133,7 @@ def _affine(x, smallest, largest, AXIS: tl.constexpr):
 
 
 def _page_shape(x: torch.Tensor) -> tuple[int, int, int, int]:
-    assert x.ndim == 4 and x.shape[1] == PAGE, f"pages are [P, {PAGE}, Hkv, D], got {tuple(x.shape)}"
+    assert x.shape[1:2] == (PAGE,), f"pages are [P, {PAGE}, Hkv, D], got {tuple(x.shape)}"
     pages, tokens, heads, d = x.shape
     return pages, tokens, heads, d
 

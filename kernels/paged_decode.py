@@ -1,11 +1,14 @@
 """Attention of a few new queries over a paged, quantized cache: the part of decode that reads the whole context.
 
-Scales never touch the cached codes: key scales and zero points fold into the query (q*s . code + q . z), value scales into
-the probabilities. Pages are listed per sequence and are all full; the newest, partial page is attended elsewhere and joined
-with `merge_partials`, which is why every result comes with its natural-log sum of exponentials.
+Scales never touch the cached codes: key scales and zero points fold into the query (q*s . code + q . z), value scales
+into the probabilities. Pages are listed per sequence and are all full; the newest, partial page is attended elsewhere
+and joined with `merge_partials`, which is why every result comes with its natural-log sum of exponentials.
 
 The surprise: a sequence with no pages gives zeros and lse = -inf, so joining it changes nothing.
 """
+
+# mypy: allow-untyped-defs
+# Triton functions take pointers and compile-time constants, which have no Python types.
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ def paged_decode(
     sequences, heads, d = q.shape
     k.check()
     v.check()
-    assert k.kind != "int4_token" and v.kind != "int4_channel", f"no kernel for {k.kind} keys with {v.kind} values"
+    assert k.kind != "int4_token", "no kernel for keys by token"
+    assert v.kind != "int4_channel", "no kernel for values by channel"
     assert k.data.shape[:3] == v.data.shape[:3]
     assert k.head_dim == v.head_dim == d
     assert heads % k.data.shape[1] == 0
@@ -119,7 +123,7 @@ def _weighted(p: torch.Tensor, v: PageTensors, index: torch.Tensor) -> torch.Ten
 
 
 def merge_partials(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join attention over disjoint key sets: outs [n, S, Hq, D], lses [n, S, Hq] -> out [S, Hq, D], lse [S, Hq]; float32."""
+    """Join attention over disjoint key sets: outs [n, S, Hq, D], lses [n, S, Hq] -> out [S, Hq, D], lse [S, Hq]."""
     assert outs.shape[:3] == lses.shape
     assert outs.dtype == lses.dtype == torch.float32
     if use_triton(outs) and outs.is_contiguous() and lses.is_contiguous():
@@ -129,8 +133,8 @@ def merge_partials(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor
     return (outs * weight[..., None]).sum(0), lse
 
 
-# One 32-bit register holds four code bytes b3 b2 b1 b0, each two nibbles. 0x4300 | n is the bfloat16 128 + n, so masking
-# the nibbles of two bytes into that pattern and subtracting 136 makes two exact values n - 8 per instruction.
+# One 32-bit register holds four code bytes b3 b2 b1 b0, each two nibbles. 0x4300 | n is the bfloat16 128 + n, so
+# masking the nibbles of two bytes into that pattern and subtracting 136 makes two exact values n - 8 per instruction.
 _CENTRED_PAIRS = """
 {
     .reg .b32 a, b, one, shift;
@@ -171,7 +175,8 @@ def _decode_kernel(
     table_width, splits, scale_log2,
     K_INT4: tl.constexpr, K_FP8: tl.constexpr, V_INT4: tl.constexpr, V_FP8: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    K_DOT: tl.constexpr, V_DOT: tl.constexpr, P_SHIFT: tl.constexpr, ASM: tl.constexpr, PAIRS: tl.constexpr, LN2: tl.constexpr,
+    K_DOT: tl.constexpr, V_DOT: tl.constexpr, P_SHIFT: tl.constexpr, ASM: tl.constexpr, PAIRS: tl.constexpr,
+    LN2: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
     split = tl.program_id(0)
@@ -289,8 +294,9 @@ def _paged_decode_triton(
     sequences, heads, d = q.shape
     kv_heads = k.data.shape[1]
     group = heads // kv_heads
-    # Programs that fit a processor and pages in flight for each, by shared memory. The pipeliner spends two stages a page,
-    # the first to read the page table. The grid depends on shapes alone: a captured CUDA graph serves every length.
+    # Programs that fit a processor and pages in flight for each, by shared memory. The pipeliner spends two stages a
+    # page, the first to read the page table. The grid depends on shapes alone: a captured CUDA graph serves every
+    # length.
     resident, stages = (1, 5) if "plain" in (k.kind, v.kind) else (2, 7)
     splits = max(1, min(page_table.shape[1], resident * processors(q.device) // (sequences * kv_heads)))
     out = torch.empty((splits, sequences, heads, d), dtype=torch.float32, device=q.device)

@@ -8,6 +8,9 @@ The surprise: the diagonal block has no score, since its pooled keys would hold 
 always kept instead. Sinks and local blocks are always kept too and count towards floor and cap.
 """
 
+# mypy: allow-untyped-defs
+# Triton functions take pointers and compile-time constants, which have no Python types.
+
 from __future__ import annotations
 
 import torch
@@ -147,7 +150,8 @@ def _keep(scores: torch.Tensor, alpha: torch.Tensor, rules: Rules, tiles: range)
 @jit
 def _score_kernel(
     q, pooled_desc, scores, queries, first_tile, first_block, scored, tiles, width, q_row, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr, DOT: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = BLOCK // POOL  # pooled keys of a block
     WIDE: tl.constexpr = BLOCK // PER  # blocks scored at once
@@ -196,8 +200,8 @@ def _list_kernel(
     wanted = tl.where(dense, diagonal + 1, tl.minimum(wanted, diagonal + 1))
     key = tl.where(causal, _ordered(score), -2147483648)
     key = tl.where(forced, 2147483647, key)
-    # The cut is the key of the last block wanted. The threshold gives it, unless floor or cap change the number: then it
-    # is the largest value that at least `wanted` keys reach, by bisection.
+    # The cut is the key of the last block wanted. The threshold gives it, unless floor or cap change the number: then
+    # it is the largest value that at least `wanted` keys reach, by bisection.
     at_threshold = tl.min(tl.where(passing, key, 2147483647), 0).to(tl.int64)
     low = tl.where(kept == wanted, at_threshold, -2147483647)
     high = tl.where(kept == wanted, at_threshold, 2147483647)

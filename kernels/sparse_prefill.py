@@ -7,6 +7,9 @@ The surprise: lists are trusted. A block past the diagonal would be attended wit
 list by hand keeps to the rule; `BlockLists.dense` and `select_blocks` do.
 """
 
+# mypy: allow-untyped-defs
+# Triton functions take pointers and compile-time constants, which have no Python types.
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,0 +1,81 @@
+"""Compiles every Triton kernel for an H100 (sm_90) on a machine without one; prints a line for each. Run by a test.
+
+The interpreter runs kernels as Python and forgives what the compiler does not: types, layouts, assembly.
+"""
+
+import triton.language as tl
+from triton import compile as triton_compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lcconvert.kernels import int4, kv_pages, paged_decode, select_blocks, sparse_prefill
+
+TILE = "tensordesc<bf16[128,64]>"
+
+
+def check(kernel, pointers, constants, **options):
+    """`pointers` name the arguments that are not 32-bit integers; `constants` are the compile-time ones."""
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    print(kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared)
+    assert compiled.metadata.shared <= 227 * 1024, "more shared memory than a processor has"
+
+
+def check_decode(k_kind, v_kind):
+    data = {"plain": "*bf16", "fp8": "*fp8e4nv", "int4": "*u8"}
+    product = {"plain": tl.bfloat16, "fp8": tl.float16, "int4": tl.bfloat16}
+    pointers = {
+        "q": "*bf16", "k_data": data[k_kind], "v_data": data[v_kind], "page_table": "*i32", "num_pages": "*i32",
+        "k_scale": "*fp32" if k_kind == "fp8" else "*fp16", "v_scale": "*fp32" if v_kind == "fp8" else "*fp16",
+        "k_zero": "*fp16", "v_zero": "*fp16", "out": "*fp32", "lse": "*fp32", "scale_log2": "fp32",
+    }  # fmt: skip
+    constants = {
+        "K_INT4": k_kind == "int4", "K_FP8": k_kind == "fp8", "V_INT4": v_kind == "int4", "V_FP8": v_kind == "fp8",
+        "KV_HEADS": 8, "GROUP": 4, "ROWS": 8, "D": 64, "PAGE": 128, "K_DOT": product[k_kind], "V_DOT": product[v_kind],
+        "P_SHIFT": 0, "ASM": True, "PAIRS": paged_decode._CENTRED_PAIRS, "LN2": 0.69,
+    }  # fmt: skip
+    check(paged_decode._decode_kernel, pointers, constants, num_warps=4, num_stages=7)
+
+
+def main():
+    check_decode("int4", "int4")
+    check_decode("fp8", "plain")
+    check_decode("plain", "fp8")
+    check(
+        paged_decode._merge_kernel,
+        {"outs": "*fp32", "lses": "*fp32", "out": "*fp32", "lse": "*fp32"},
+        {"PARTS": 16, "D": 64},
+    )
+    check(
+        sparse_prefill._prefill_kernel,
+        {"q_desc": TILE, "k_desc": TILE, "v_desc": TILE, "o_desc": TILE, "index": "*i32", "count": "*i32",
+         "scale_log2": "fp32"},
+        {"HEADS": 32, "GROUP": 4, "D": 64, "BLOCK": 128, "DOT": tl.bfloat16}, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    check(
+        select_blocks._score_kernel,
+        {"q": "*bf16", "pooled_desc": TILE, "scores": "*fp32", "scale": "fp32"},
+        {"HEADS": 32, "GROUP": 4, "D": 64, "BLOCK": 128, "POOL": 32, "DOT": tl.bfloat16}, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    check(
+        select_blocks._list_kernel,
+        {"scores": "*fp32", "log_alpha": "*fp32", "index": "*i32", "count": "*i32"},
+        {"WIDTH": 256},
+    )
+    check(
+        int4._gemv_kernel,
+        {"x": "*bf16", "packed": "*i32", "scale": "*bf16", "out": "*bf16"},
+        {"ROWS": 8, "GROUPS": 16, "GROUP_WORDS": 16, "ASM": True},
+    )
+    for by_channel in (True, False):
+        check(
+            kv_pages._quantize_kernel,
+            {"x": "*bf16", "codes": "*u8", "scale": "*fp16", "zero": "*fp16"},
+            {"D": 16, "PAGE": 128, "BY_CHANNEL": by_channel},
+        )
+
+
+if __name__ == "__main__":
+    main()
