@@ -30,7 +30,8 @@ def needles_png(report: Report) -> bytes:
     assert report.needles is not None
     lengths = [row.length for row in report.needles.by_length]
     depths = report.needles.depths
-    x, y = _edges([math.log2(n) for n in lengths], 0.5), _edges(list(depths), 0.12)
+    centres = [math.log2(n) for n in lengths]
+    x, y = _edges(centres, 0.5), _edges(list(depths), 0.1)
     figure = Figure(figsize=(max(6.4, 1.15 * len(lengths) + 2.4), max(3.6, 0.5 * len(depths) + 1.9)), dpi=120)
     axes = figure.add_subplot()
     for cell in report.needles.cells:
@@ -42,15 +43,18 @@ def needles_png(report: Report) -> bytes:
         hatch = "///" if blank else None
         axes.add_patch(_rectangle(left, bottom, width, height, colour, hatch))
         axes.text(
-            left + width / 2, bottom + height / 2, _label(cell), ha="center", va="center", fontsize=9, color=_ink(cell)
+            centres[column], bottom + height / 2, _label(cell), ha="center", va="center", fontsize=9, color=_ink(cell)
         )
     axes.set_xlim(x[0], x[-1])
     axes.set_ylim(y[-1], y[0])
-    axes.set_xticks([math.log2(n) for n in lengths], [format_count(n) for n in lengths])
+    axes.set_xticks(centres, [format_count(n) for n in lengths])
     axes.set_yticks(list(depths), [f"{depth:.0%}" for depth in depths])
     axes.set_xlabel("context length, tokens (answer included)")
     axes.set_ylabel("depth of the needle")
-    _native_line(axes, report, math.log2(report.artifact.native_context), (x[0], x[-1]))
+    native = report.artifact.native_context
+    # a column of exactly the native window lies inside it, so the line goes to its far side
+    at = x[lengths.index(native) + 1] if native in lengths else math.log2(native)
+    _native_line(axes, report, at, (x[0], x[-1]))
     few = min((cell.n for cell in report.needles.cells if cell.n), default=0) < _FEW
     note = f"found / asked in each cell{'; fewer than 5 answers a cell are an indication, not a rate' if few else ''}"
     _title(axes, f"Needles found: {report.artifact.variant} ({report.needles.protocol} haystack)", note)
@@ -66,8 +70,9 @@ def perplexity_png(report: Report) -> bytes:
     axes.plot([math.log2(n) for n, _ in points], [ppl for _, ppl in points], marker="o", color="#2f5f9f", linewidth=1.8)
     for n, ppl in points:
         axes.annotate(
-            f"{ppl:.4g}", (math.log2(n), ppl), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9
-        )
+            f"{ppl:.4g}", (math.log2(n), ppl), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        )  # fmt: skip
     contexts = [p.context for p in report.perplexity.by_context]
     edges = (math.log2(contexts[0]) - 0.5, math.log2(contexts[-1]) + 0.5)
     axes.set_xlim(*edges)
@@ -89,10 +94,12 @@ def perplexity_png(report: Report) -> bytes:
     return _png(figure)
 
 
-def _edges(centres: list[float], outer: float) -> list[float]:
-    """Cell borders: half-way between neighbours, `outer` beyond the first and last."""
+def _edges(centres: list[float], alone: float) -> list[float]:
+    """Cell borders: half-way between neighbours, as far outside at the ends; `alone` on both sides of a single one."""
     inner = [(a + b) / 2 for a, b in pairwise(centres)]
-    return [centres[0] - outer, *inner, centres[-1] + outer]
+    if not inner:
+        return [centres[0] - alone, centres[0] + alone]
+    return [2 * centres[0] - inner[0], *inner, 2 * centres[-1] - inner[-1]]
 
 
 def _rectangle(left: float, bottom: float, width: float, height: float, colour: Any, hatch: str | None) -> Rectangle:
@@ -115,7 +122,8 @@ def _native_line(axes: Axes, report: Report, at: float, edges: tuple[float, floa
     label = f"native window {format_count(report.artifact.native_context)}"
     if edges[0] < at < edges[1]:
         axes.axvline(at, color=_INK, linestyle="--", linewidth=1.4)
-        axes.text(at, 1.0, f" {label}", transform=axes.get_xaxis_transform(), ha="left", va="bottom", fontsize=8)
+        inside = "right" if at > sum(edges) / 2 else "left"
+        axes.text(at, 1.01, label, transform=axes.get_xaxis_transform(), ha=inside, va="bottom", fontsize=8)
     else:
         side, align, arrow = (1.0, "right", f"{label} →") if at >= edges[1] else (0.0, "left", f"← {label}")
         axes.text(side, 1.0, arrow, transform=axes.transAxes, ha=align, va="bottom", fontsize=8, color=_INK)

@@ -51,7 +51,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "tokens": format_count,
-        "size": format_bytes,
+        "size": lambda value: "–" if value is None else format_bytes(value),
         "percent": _percent,
         "number": _number,
         "signed": lambda value: "–" if value is None else f"{value:+.1%}",
@@ -66,4 +66,4 @@ def _percent(value: float | None) -> str:
 def _number(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
