@@ -43,6 +43,11 @@ class ExportWeights:
     def stores_int4(self) -> bool:
         return any(form.kind == "int4" for _, form in self.layout.groups)
 
+    def is_int4(self, module: str) -> bool:
+        """Whether this linear layer is stored as int4."""
+        form = self._form(module)
+        return form is not None and form.kind == "int4"
+
     def plain(self, name: str) -> torch.Tensor:
         """A tensor as stored."""
         tensor = self.source.tensor(name)
@@ -65,8 +70,7 @@ class ExportWeights:
 
         None for the layers that an int4 checkpoint itself keeps wider: that choice is not undone here.
         """
-        form = self._form(module)
-        if form is not None and form.kind == "int4":
+        if (form := self._form(module)) is not None and self.is_int4(module):
             return self._stored_int4(module, form)
         if self.stores_int4:
             return None

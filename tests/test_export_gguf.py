@@ -1,0 +1,153 @@
+"""GGUF exports read back: equal logits per family and type, the artifact's own int4 codes, RoPE keys, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf_files import tiny_model as gguf_model
+from gguf_files import vocabulary, write_gguf
+from safetensors.torch import load_file, save_file
+from test_export_onnx import quantized, random_ids
+from tiny import FAMILIES, write_tiny
+
+from lcconvert.convert.checkpoint import open_checkpoint
+from lcconvert.convert.export import ExportConfig, export
+from lcconvert.convert.rope_methods import Method, extend_rope
+from lcconvert.kernels.int4 import dequantize_int4
+from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.model import load_decoder
+from lcconvert.runtime.rope import RopeSpec, cos_sin
+from lcconvert.runtime.source import FolderSource, TensorSource
+from lcconvert.runtime.spec import ModelSpec
+
+
+def gguf_of(src: Path, out: Path, precision: str = "auto") -> TensorSource:
+    export(str(src), out, ExportConfig(format="gguf", precision=precision))
+    (path,) = out.glob("*.gguf")
+    return open_checkpoint(path)
+
+
+@torch.no_grad()
+def logits(source: TensorSource) -> torch.Tensor:
+    decoder = load_decoder(source)
+    return decoder.logits(decoder(random_ids(1, 40)))
+
+
+def with_rope(folder: Path, rope: RopeSpec, context: int) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | rope.to_config() | {"max_position_embeddings": context}))
+    return folder
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama-biases"])
+def test_bf16_reads_back_equal(tmp_path: Path, family: str) -> None:
+    extra = {"attention_bias": True, "mlp_bias": True} if family == "llama-biases" else {}
+    src = FolderSource(write_tiny(tmp_path / "src", family.partition("-")[0], **extra))
+    written = gguf_of(tmp_path / "src", tmp_path / "out")
+    assert set(written.names()) == set(src.names())
+    for name in src.names():
+        tensor = src.tensor(name)
+        wanted = tensor.to(torch.bfloat16).float() if tensor.ndim == 2 else tensor
+        assert torch.equal(written.tensor(name), wanted), name
+    before, after = (ModelSpec.from_config(s.config) for s in (src, written))
+    assert after.rms_eps == pytest.approx(before.rms_eps)
+    for field in ("family", "head_dim", "num_kv_heads", "rope", "max_position", "qkv_bias", "qk_norm", "tied_head"):
+        assert getattr(after, field) == getattr(before, field), field
+
+
+@pytest.mark.parametrize(("precision", "step"), [("q8_0", 1 / 127), ("q4_0", 1 / 8)])
+def test_rounded_types(tmp_path: Path, precision: str, step: float) -> None:
+    """No value moves by more than one step of its block's largest."""
+    src = FolderSource(write_tiny(tmp_path / "src", "qwen3"))
+    written = gguf_of(tmp_path / "src", tmp_path / "out", precision)
+    name = "model.layers.1.mlp.down_proj.weight"
+    before, after = (s.tensor(name).view(-1, 32) for s in (src, written))
+    assert ((before - after).abs() <= step * 1.01 * before.abs().amax(1, keepdim=True)).all()
+    assert not torch.equal(before, after)
+
+
+def test_an_int4_artifact_keeps_its_codes(tmp_path: Path) -> None:
+    src = quantized(write_tiny(tmp_path / "src", "llama"), "int4", group=64)
+    written, stored = gguf_of(src, tmp_path / "out"), load_file(src / "model.safetensors")
+    packed = [name for name in stored if name.endswith("weight_packed")]
+    assert len(packed) == 14
+    for name in packed:
+        wanted = dequantize_int4(stored[name], stored[name.replace("packed", "scale")], torch.float32)
+        assert torch.equal(written.tensor(name.removesuffix("_packed")), wanted)
+    assert torch.allclose(logits(written), logits(FolderSource(src)), atol=0.05)  # the embedding is bfloat16
+
+
+def test_a_scale_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    src = quantized(write_tiny(tmp_path / "src"), "int4")
+    tensors = load_file(src / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_scale"][0, 0] = 1e-9
+    save_file(tensors, src / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"scale of model\.layers\.0\.mlp\.up_proj\.weight does not fit float16"):
+        gguf_of(src, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize("method", ["linear", "ntk", "theta", "yarn"])
+def test_rope_reads_back(tmp_path: Path, method: Method) -> None:
+    rope = extend_rope(RopeSpec(), method, head_dim=16, trained=64, context=1024)
+    written = gguf_of(with_rope(write_tiny(tmp_path / "src"), rope, 1024), tmp_path / "out")
+    again = ModelSpec.from_config(written.config)
+    at = torch.tensor([0, 1, 700, 1023])
+    for ours, theirs in zip(cos_sin(rope, 16, at), cos_sin(again.rope, 16, at)):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    assert again.max_position == 1024
+
+
+def test_yarn_attention_factor_of_its_own_reads_back(tmp_path: Path) -> None:
+    rope = RopeSpec(kind="yarn", factor=4.0, original_max_position=512, attention_factor=1.5)
+    written = gguf_of(with_rope(write_tiny(tmp_path / "src"), rope, 2048), tmp_path / "out")
+    assert ModelSpec.from_config(written.config).rope.attention_scale == pytest.approx(1.5)
+
+
+def test_llama31_scaling_is_a_table_of_divisors(tmp_path: Path) -> None:
+    rope = RopeSpec(
+        kind="llama3", theta=5e5, factor=8.0, original_max_position=8192, low_freq_factor=1.0, high_freq_factor=4.0
+    )
+    src = with_rope(write_tiny(tmp_path / "src", hidden_size=256, head_dim=64), rope, 131_072)
+    again = ModelSpec.from_config(gguf_of(src, tmp_path / "out").config)
+    assert (again.rope.kind, again.rope.factor) == ("llama3", pytest.approx(8.0))
+
+
+@pytest.mark.parametrize("kind", ["longrope", "untruncated yarn"])
+def test_rope_that_gguf_cannot_say_is_refused(tmp_path: Path, kind: str) -> None:
+    rope = extend_rope(RopeSpec(), "longrope", head_dim=16, trained=64, context=1024)
+    if kind != "longrope":
+        rope = RopeSpec(kind="yarn", factor=4.0, original_max_position=512, truncate=False)
+    src = with_rope(write_tiny(tmp_path / "src"), rope, 1024)
+    with pytest.raises(UserError, match="GGUF metadata cannot express"):
+        gguf_of(src, tmp_path / "out")
+
+
+def test_tokenizer_and_template_go_round(tmp_path: Path) -> None:
+    """GGUF to GGUF: the vocabulary, special ids and template that were read are the ones that are written."""
+    values: dict[str, Any] = {**vocabulary("gpt2"), "pre": "smollm", "tokenizer.chat_template": "{{ messages }}"}
+    src = write_gguf(tmp_path / "src.gguf", gguf_model("llama"), tokenizer=values)
+    written, before = gguf_of(src, tmp_path / "out", "bf16"), open_checkpoint(src)
+    assert dict(written.files) == dict(before.files)
+    changed = {key for key in before.config if written.config.get(key) != before.config[key]}
+    assert changed == set()
+
+
+def test_tokenizers_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    spm = write_gguf(tmp_path / "spm.gguf", gguf_model("llama"), tokenizer=vocabulary("llama"))
+    with pytest.raises(UserError, match="SentencePiece tokenizer; only byte-level BPE"):
+        gguf_of(spm, tmp_path / "out")
+    src = write_tiny(tmp_path / "src")
+    (src / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        gguf_of(src, tmp_path / "out")
+
+
+def test_widths_that_blocks_do_not_divide_are_refused(tmp_path: Path) -> None:
+    src = write_tiny(tmp_path / "src", intermediate_size=132)
+    with pytest.raises(UserError, match="input width 132, which Q8_0 blocks of 32 do not divide"):
+        gguf_of(src, tmp_path / "out", "q8_0")
