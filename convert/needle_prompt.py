@@ -17,7 +17,7 @@ from lcconvert.runtime.errors import CheckFailed, UserError
 from lcconvert.runtime.tokenizer import Tokenizer
 
 # Version of the texts below; part of every sample's key. Change it with them.
-WORDING = "facts-2"
+WORDING = "facts-3"
 _INTRO = (
     "The text below hides the numbers of some things among other sentences. "
     "Read all of it and remember them, because you will be asked about one of them afterwards.\n\n"
@@ -28,12 +28,12 @@ _PREFIX = "The {subject} is"
 # What a number can be; needles that share a haystack differ in this too, so that each question is about finding one
 # fact and not about telling near-duplicates apart.
 _KINDS = (
-    "access code", "price", "population", "phone number", "weight", "password", "altitude", "ticket number",
-    "budget", "mileage", "serial number", "distance", "balance", "room number", "area", "insurance value",
+    "access code", "price", "phone number", "password", "ticket number", "room number", "population", "serial number",
+    "licence plate", "postcode", "budget", "mileage", "insurance value", "area", "altitude", "balance",
 )  # fmt: skip
 _PAD = " ."
 _ATTEMPTS = 6
-_TRIED = 400  # names looked at for subjects of equal token count
+_TRIED = 1500  # names looked at for subjects of equal token count
 
 
 @dataclass(frozen=True)
