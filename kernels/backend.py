@@ -24,10 +24,18 @@ except ImportError:
     tl = None
     TensorDescriptor = None
 
-jit: Callable[..., Any] = triton.jit if triton is not None else lambda function: function
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
+
+
+def jit(*varying: str) -> Callable[..., Any]:
+    """Decorator of a Triton function. `varying` integers change from call to call: the compiled code serves all values.
+
+    (Triton otherwise compiles anew for 1 and for multiples of 16, seconds each, in the middle of a request.)
+    """
+    return triton.jit(do_not_specialize=list(varying)) if triton is not None else lambda function: function
+
 
 _forced: Literal["torch", "triton"] | None = None
 

@@ -131,7 +131,7 @@ def int4_matmul_prepared(x: torch.Tensor, prepared: PreparedInt4) -> torch.Tenso
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), weight, group, scale_zero).to(x.dtype)
 
 
-@jit
+@jit()
 def _gemv_kernel(
     x, packed, scale, out, n, words, groups,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, GROUP_WORDS: tl.constexpr, ASM: tl.constexpr,
@@ -183,7 +183,7 @@ def _gemv_kernel(
     tl.store(out + m * n + row, result.to(out.dtype.element_ty), mask=real)
 
 
-@jit
+@jit()
 def _as_float(codes, BIT: tl.constexpr, ASM: tl.constexpr):
     # One instruction by hand; the compiler makes two of the plain expression.
     if BIT == 16:

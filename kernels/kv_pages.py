@@ -91,7 +91,7 @@ def _quantize_int4(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tenso
     return codes, scale, zero
 
 
-@jit
+@jit()
 def _quantize_kernel(
     x, codes, scale, zero, x_page, x_token, x_head, D: tl.constexpr, PAGE: tl.constexpr, BY_CHANNEL: tl.constexpr
 ):
@@ -122,7 +122,7 @@ def _quantize_kernel(
     tl.store(target, low_codes | (high_codes << 4))
 
 
-@jit
+@jit()
 def _affine(x, smallest, largest, AXIS: tl.constexpr):
     scale = tl.div_rn(largest - smallest, 15.0).to(tl.float16)
     zero = smallest.to(tl.float16)

@@ -156,7 +156,7 @@ _CENTRED_PAIRS = """
 """
 
 
-@jit
+@jit()
 def _centred(codes, ASM: tl.constexpr, PAIRS: tl.constexpr):
     """uint8 codes -> (low nibble - 8, high nibble - 8), bfloat16 by bit tricks or float32 under the interpreter."""
     if ASM:
@@ -169,7 +169,7 @@ def _centred(codes, ASM: tl.constexpr, PAIRS: tl.constexpr):
     return low, high
 
 
-@jit
+@jit("table_width", "splits")
 def _decode_kernel(
     q, k_data, k_scale, k_zero, v_data, v_scale, v_zero, page_table, num_pages, out, lse,
     table_width, splits, scale_log2,
@@ -262,7 +262,7 @@ def _decode_kernel(
     tl.store(lse + part, tl.where(some, natural, -float("inf")), mask=column < GROUP)
 
 
-@jit
+@jit("parts", "rows")
 def _merge_kernel(outs, lses, out, lse, parts, rows, PARTS: tl.constexpr, D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)

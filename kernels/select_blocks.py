@@ -147,7 +147,7 @@ def _keep(scores: torch.Tensor, alpha: torch.Tensor, rules: Rules, tiles: range)
     return causal & (rank < wanted[..., None])
 
 
-@jit
+@jit("queries", "first_tile", "first_block", "scored", "tiles", "width")
 def _score_kernel(
     q, pooled_desc, scores, queries, first_tile, first_block, scored, tiles, width, q_row, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr,
@@ -171,14 +171,26 @@ def _score_kernel(
         tl.store(scores + row + block, best, mask=block < before)
 
 
-@jit
+@jit()
 def _ordered(x):
     # float32 -> int32 with the same order
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@jit
+@jit(
+    "tiles",
+    "all_tiles",
+    "first_tile",
+    "first_block",
+    "width",
+    "index_width",
+    "sink",
+    "local",
+    "floor",
+    "cap",
+    "dense_tile",
+)
 def _list_kernel(
     scores, log_alpha, index, count, tiles, all_tiles, first_tile, first_block, width, index_width,
     sink, local, floor, cap, dense_tile, WIDTH: tl.constexpr,

@@ -115,7 +115,7 @@ def _blocked(x: torch.Tensor, blocks: int) -> torch.Tensor:
     return out.view(heads * blocks, BLOCK, d)
 
 
-@jit
+@jit("tiles", "width", "first_block")
 def _prefill_kernel(
     q_desc, k_desc, v_desc, o_desc, index, count, tiles, width, first_block, scale_log2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
