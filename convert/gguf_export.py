@@ -91,7 +91,8 @@ def export_gguf(source: TensorSource, sidecar: Sidecar, out: Path, config: Expor
                 writer.write_tensor_data(divisors)
         weights.assert_all_used()
         _verify(path, weights.spec, plan, source.files)
-        text = json.dumps(source.config, indent=2, ensure_ascii=False) + "\n"
+        described = {key: value for key, value in source.config.items() if key != "quantization_config"}
+        text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
         (folder / SIDECAR).write_bytes(sidecar.to_bytes())
     return out

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 _ALLOWED = (
     {"config.json", "README.md", "NOTICE", "genai_config.json", "model.onnx", "model.onnx.data"}
-    | {"model.safetensors", "model.safetensors.index.json", "loss.jsonl", "loss.png", "quantization.json", *AUX_FILES}
+    | {"model.safetensors", "model.safetensors.index.json", "quantization.json", *AUX_FILES}
 )  # fmt: skip
 _ALLOWED_PATTERN = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|[\w.-]+\.gguf|(LICENSE|NOTICE)(\.txt|\.md)?")
-_VALIDATION_PATTERN = re.compile(r"validation/[\w.-]+\.(json|jsonl|html|png|csv)")
+_EVIDENCE_PATTERN = re.compile(r"(training|validation)/[\w.-]+\.(json|jsonl|html|png|csv)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENSE_TEXTS = {
     "Apache License\n Version 2.0": "apache-2.0",
@@ -149,7 +149,7 @@ def _contract_files(src: Path) -> Iterator[tuple[str, int]]:
         name = path.relative_to(src).as_posix()
         if path.is_dir() and not path.is_symlink():
             continue
-        allowed = name in _ALLOWED or _ALLOWED_PATTERN.fullmatch(name) or _VALIDATION_PATTERN.fullmatch(name)
+        allowed = name in _ALLOWED or _ALLOWED_PATTERN.fullmatch(name) or _EVIDENCE_PATTERN.fullmatch(name)
         if not allowed or path.is_symlink():
             reason = "a link" if allowed else "not part of an artifact"
             raise UserError(f"{src} holds {name}, which is {reason}; move it out of the folder before pushing")

@@ -53,6 +53,8 @@ def validated(folder: Path) -> Path:
     report = tiny_report(artifact_hash(folder))
     (folder / "validation" / "report.json").write_text(report.model_dump_json())
     (folder / "validation" / "needles.png").write_bytes(b"\x89PNG picture")
+    (folder / "training").mkdir()
+    (folder / "training" / "loss.jsonl").write_text("{}\n")
     return folder
 
 
