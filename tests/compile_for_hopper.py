@@ -8,7 +8,7 @@ from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lcconvert.kernels import int4, kv_pages, paged_decode, select_blocks, sparse_prefill
+from lcconvert.kernels import fp8, int4, kv_pages, paged_decode, select_blocks, sparse_prefill
 
 TILE = "tensordesc<bf16[128,64]>"
 
@@ -68,6 +68,11 @@ def main():
         int4._gemv_kernel,
         {"x": "*bf16", "packed": "*i32", "scale": "*bf16", "out": "*bf16"},
         {"ROWS": 8, "GROUPS": 16, "GROUP_WORDS": 16, "ASM": True},
+    )
+    check(
+        fp8._quantize_rows_kernel,
+        {"x": "*bf16", "codes": "*fp8e4nv", "scale": "*fp32"},
+        {"BLOCK": 512, "LARGEST": 448.0},
     )
     for by_channel in (True, False):
         check(

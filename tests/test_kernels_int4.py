@@ -1,10 +1,11 @@
-"""The int4 products, and the Triton page quantizer against its reference."""
+"""The int4 products, and the Triton quantizers against their references."""
 
 import pytest
 import torch
 from kernel_tools import close, run_on, storage  # noqa: F401
 
 from lcconvert.kernels import backend
+from lcconvert.kernels.fp8 import quantize_fp8_rows
 from lcconvert.kernels.int4 import (
     dequantize_int4,
     int4_matmul,
@@ -53,6 +54,25 @@ def test_prepared_weights_stay_four_bits_and_agree_to_bfloat16():
 def test_shapes_the_prepared_kernel_lacks_are_declined():
     assert prepare_int4_cpu(*weight(8, 256, 64)) is None
     assert prepare_int4_cpu(*weight(16, 192, 24)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_quantized_alike(device, dtype):
+    generator = torch.manual_seed(0)
+    if device == "cuda":
+        x = torch.randn(5, 72, generator=generator)
+    else:  # the interpreter rounds to e4m3 wrongly (7.8 to 4), so it gets values that need no rounding
+        codes = torch.randint(0, 0x7F, (5, 72), generator=generator, dtype=torch.uint8)
+        codes[:, 7] = 0x7E  # 448, so that scales are powers of two
+        x = codes.view(torch.float8_e4m3fn).float() * 2.0 ** torch.arange(-2, 3)[:, None]
+    x = x.to(device, dtype)
+    x[3] = 0
+    x = x[:, :70]  # rows that are not adjacent
+    with backend.force("torch"):
+        want, want_scale = quantize_fp8_rows(x)
+    got, scale = quantize_fp8_rows(x)
+    assert torch.equal(scale, want_scale)
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
 @pytest.mark.parametrize("quantize", [quantize_k_int4, quantize_v_int4])
