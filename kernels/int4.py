@@ -93,15 +93,19 @@ def int4_matmul_torch(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor
     # One row: scale 1/g as many numbers. The nibbles stay unscaled, x multiplies them, and each group's sum is scaled.
     n, groups = scale.shape
     pairs = packed.view(torch.uint8)  # [N, K/2]: byte j is inputs 2j (low) and 2j+1 (high)
-    even, odd = x.float().view(groups, -1, 2).unbind(-1)  # [G, g/2] each
+    even, odd = (part.contiguous() for part in x.float().view(groups, -1, 2).unbind(-1))  # [G, g/2] each
     base = -8.0 * (even.sum(1) + odd.sum(1))  # [G]: codes are q+8
     out = torch.empty(n, dtype=torch.float32, device=x.device)
-    step = max(64, 2**17 // x.shape[1])  # rows whose expanded codes stay in the L2 cache
+    step = min(n, max(64, 3 * 2**16 // x.shape[1]))  # rows whose expanded codes stay in the L2 cache
+    nibbles = torch.empty((step, pairs.shape[1]), dtype=torch.uint8, device=x.device)
+    low, high = (torch.empty((step, *even.shape), dtype=torch.float32, device=x.device) for _ in range(2))
     for start in range(0, n, step):
-        rows = slice(start, start + step)
-        terms = (pairs[rows] & 15).float().view(-1, *even.shape).mul_(even)  # [rows, G, g/2]
-        terms.addcmul_((pairs[rows] >> 4).float().view_as(terms), odd)
-        torch.sum((terms.sum(2) + base) * scale[rows].float(), dim=1, out=out[rows])
+        part = pairs[start : start + step]
+        rows = len(part)
+        low[:rows].copy_(torch.bitwise_and(part, 15, out=nibbles[:rows]).view_as(low[:rows]))
+        high[:rows].copy_(torch.bitwise_right_shift(part, 4, out=nibbles[:rows]).view_as(high[:rows]))
+        sums = low[:rows].mul_(even).addcmul_(high[:rows], odd).sum(2) + base  # [rows, G]
+        torch.sum(sums.mul_(scale[start : start + step]), dim=1, out=out[start : start + step])
     return out[None].to(x.dtype)
 
 
