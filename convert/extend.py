@@ -54,6 +54,7 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
         trained=spec.max_position,
         context=config.context,
         factors=config.factors,
+        attention_factor=config.attention_factor,
     )
     tokenizer = Tokenizer.from_files(source.files)
     _check_request(source, spec, config)

@@ -47,6 +47,8 @@ class ExtendConfig(Stage):
     """`context` is the target in tokens ("1M"). Either the flat stage fields describe one stage, or `stages` several.
 
     method None: yarn without training, theta with it. factors: longrope's slow-down per rotary pair.
+    attention_factor: what yarn and longrope multiply cos and sin by, instead of their papers' formulas; the formulas
+    sharpen short prompts too, and cost perplexity there when little or nothing is trained.
     data: text files, folders, .jsonl with a "text" field, .parquet with a "text" column, any of them as .gz, or
     `module:NAME` for the source text of an installed Python module.
     dtype: what the forward pass computes in; the weights trained are float32, the weights written bfloat16.
@@ -55,6 +57,7 @@ class ExtendConfig(Stage):
     context: Tokens
     method: Method | None = None
     factors: tuple[float, ...] | None = None
+    attention_factor: Annotated[float | None, Field(gt=0)] = None
     data: tuple[str, ...] = ()
     steps: int = Field(0, ge=0)
     stages: tuple[Stage, ...] = ()

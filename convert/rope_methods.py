@@ -29,6 +29,7 @@ def extend_rope(
     trained: int,
     context: int,
     factors: Sequence[float] | None = None,
+    attention_factor: float | None = None,
 ) -> RopeSpec:
     """The RoPE of the extended model.
 
@@ -40,7 +41,9 @@ def extend_rope(
         format's tables are this one, so that nothing switches at L.
     llama3: wavelengths over L slowed by s, under L/4 kept, blended between.
 
-    Raises UserError when context <= trained, or the method cannot continue the source's own scaling.
+    `attention_factor` replaces the factor on cos and sin of yarn and longrope.
+    Raises UserError when context <= trained, an argument does not belong to the method, or the method cannot continue
+    the source's own scaling.
     """
     if context <= trained:
         raise UserError(
@@ -48,6 +51,14 @@ def extend_rope(
         )
     if factors is not None and method != "longrope":
         raise UserError(f"per-pair factors were given with method {method!r}; only longrope uses them, remove them")
+    if attention_factor is not None:
+        if method not in ("yarn", "longrope"):
+            raise UserError(
+                f"attention_factor {attention_factor} was given with method {method!r}; "
+                "only yarn and longrope have one, remove it"
+            )
+        plain = extend_rope(rope, method, head_dim=head_dim, trained=trained, context=context, factors=factors)
+        return replace(plain, attention_factor=attention_factor)
     scale = context / trained
     if method == "ntk":
         return _larger_base(rope, rope.theta * scale ** (head_dim / (head_dim - 2)))

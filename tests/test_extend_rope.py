@@ -139,6 +139,14 @@ def test_longrope_factors() -> None:
         stretched("yarn", factors=given)
 
 
+@pytest.mark.parametrize("method", ["yarn", "longrope"])
+def test_attention_factor_replaces_the_formula(method: str) -> None:
+    rope = stretched(method, attention_factor=1.05)
+    assert LlamaRotaryEmbedding(llama_config(rope)).attention_scaling == 1.05 == inv_freq(rope, HEAD_DIM)[1]
+    with pytest.raises(UserError, match="only yarn and longrope"):
+        stretched("theta", attention_factor=1.05)
+
+
 @pytest.mark.parametrize("context", [TRAINED, TRAINED - 1, 2])
 def test_context_not_larger_is_refused(context: int) -> None:
     with pytest.raises(UserError, match=f"context is {context} tokens but the source already reads {TRAINED}"):
