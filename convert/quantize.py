@@ -55,13 +55,15 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
         writer = ShardWriter(folder, config.max_shard)
         for name in plan.outside:
             writer.add(name, _read(source, name).to(plan.dtype))
-        report, alphas = [], []
+        report, alphas, kept = [], [], []
         with progress("quantize", plan.spec.num_layers, "layers") as bar:
             for tensors, rows, observed in quantized_layers(source, plan, config):
                 for name, tensor in tensors.items():
                     writer.add(name, tensor)
                 report += rows
-                alphas.append(observed.alpha.tolist() if observed and observed.alpha is not None else [])
+                if observed and observed.alpha is not None:
+                    alphas.append(observed.alpha.tolist())
+                    kept.append(observed.kept)
                 bar.note(f"output error {max((row['output_error'] for row in rows), default=0.0):.2%}")
                 bar.advance()
         writer.close()
@@ -70,6 +72,7 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
         written = verify_folder(folder, plan.expected)
         read_scales(written, plan.spec, plan.kv.scheme)  # refuses an absent or zero KV scale on disk
         summary = summarize(plan, report, seconds=time.monotonic() - started)
+        summary["selector_kept"] = kept  # by layer: share of skippable key blocks read on the first sample
         (folder / REPORT).write_text(json.dumps(summary, indent=2) + "\n")
     return out
 

@@ -41,7 +41,7 @@ class QuantizeConfig(BaseModel):
     calibration: tuple[str, ...] = ()
     samples: int = Field(4, ge=0)
     length: Annotated[Tokens, Field(ge=128)] = 2048
-    damp: float = Field(0.01, gt=0.0, le=1.0)
+    damp: float = Field(0.05, gt=0.0, le=1.0)
     ignore: tuple[str, ...] = ()
     seed: int = Field(0, ge=0)
     device: str | None = None
