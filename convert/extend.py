@@ -65,7 +65,7 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
     with new_folder(Path(out), keep_on_stop=resume, need_bytes=need) as folder:
         stretched = _Stretched(source, extended_config(source.config, rope, config.context))
         decoder = load_decoder(stretched, device=device, dtype=torch.float32 if config.plan else torch.bfloat16)
-        provenance = _provenance(src, stretched.sha256(), config)
+        provenance = _provenance(source, src, stretched.sha256(), config)
         if config.plan:
             tokens = sum(stage.rows * stage.seq_len for stage in config.plan)
             corpus = Corpus.read(config.data, tokenizer, need=tokens, seed=config.seed)
@@ -147,11 +147,14 @@ class _Stretched:
         return self._digest.hexdigest()
 
 
-def _provenance(src: str, digest: str, config: ExtendConfig) -> dict[str, Any]:
+def _provenance(source: TensorSource, src: str, digest: str, config: ExtendConfig) -> dict[str, Any]:
+    earlier = Sidecar.read(source)  # an extended checkpoint may be extended again
     return {
         "stage": "extend",
         "source": src,
         "source_tensors_sha256": digest,
+        "license": earlier.provenance.get("license") or source.config.get("license"),
+        "native_context": earlier.provenance.get("native_context") or source.config["max_position_embeddings"],
         "config": {**config.model_dump(mode="json"), "method": config.resolved_method},
         "versions": {name: version(name) for name in ("lcconvert", "torch", "accelerate")},
     }

@@ -170,6 +170,8 @@ class GgufSource:
             config["mlp_bias"] = any(name.endswith(".mlp.gate_proj.bias") for name in self._tensors)
         if model_type == "mistral":
             config["sliding_window"] = self._metadata.get(f"{self._arch}.attention.sliding_window")
+        if isinstance(named := self._metadata.get("general.license"), str):
+            config["license"] = named  # read by `push`; engines ignore it
         return config
 
     def _rope(self, head_dim: int, context: int) -> dict[str, Any]:

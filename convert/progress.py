@@ -24,7 +24,7 @@ class _Plain:
 
     def advance(self, n: int = 1) -> None:
         self.done += n
-        if time.monotonic() - self.spoke >= _PLAIN_EVERY:
+        if self.done < self.total and time.monotonic() - self.spoke >= _PLAIN_EVERY:
             self.speak()
 
     def note(self, text: str) -> None:

@@ -26,7 +26,9 @@ from lcconvert.convert.quantize import quantize
 from lcconvert.convert.recipe import Recipe, load_recipe
 from lcconvert.convert.serve_check import serve_once
 from lcconvert.convert.validate import validate
+from lcconvert.convert.validate_config import ValidateConfig
 from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.spec import ModelSpec
 
 
 def run_recipe(name: str, out: Path) -> dict[str, Any]:
@@ -47,7 +49,8 @@ def run_recipe(name: str, out: Path) -> dict[str, Any]:
         (recipe.quantize.variant, final, extended),
     ):
         folder = out / "validation" if label == "source" else Path(subject) / "validation"
-        config = recipe.validation.model_copy(update={"against": None if against is None else str(against)})
+        limit = ModelSpec.from_config(open_checkpoint(str(subject)).config).max_position
+        config = within(recipe.validation, limit).model_copy(update={"against": against and str(against)})
         inputs = [subject] if against is None else [subject, against]
         log.stage(f"validate {label}", [config], inputs, folder, partial(validate, str(subject), folder, config))
         reports[label] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -65,6 +68,13 @@ def run_recipe(name: str, out: Path) -> dict[str, Any]:
     }
     write_json(out / "result.json", result)
     return result
+
+
+def within(config: ValidateConfig, context: int) -> ValidateConfig:
+    """The settings less the lengths past `context` tokens: the source is measured inside its own window."""
+    longest = config.perplexity_context and min(config.perplexity_context, context)
+    lengths = tuple(length for length in config.lengths if length <= context)
+    return config.model_copy(update={"lengths": lengths, "perplexity_context": longest})
 
 
 def render_result(result: dict[str, Any]) -> str:

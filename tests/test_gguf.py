@@ -63,7 +63,7 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
         "dtype",
         "unk_token_id",
     }
-    one_sided |= {"quantization_config", "initializer_range", "rope_theta", "rope_scaling"}
+    one_sided |= {"quantization_config", "license", "initializer_range", "rope_theta", "rope_scaling"}
     values = AutoConfig.for_model(**config).to_dict()
     return {key: value for key, value in values.items() if key not in one_sided}
 
