@@ -57,7 +57,7 @@ def run_recipe(name: str, out: Path) -> dict[str, Any]:
     answer = None
     if recipe.serve is not None:
         served = out / "served.json"
-        log.stage("serve", [recipe.serve], [final], served, lambda: serve_once(final, served, recipe.serve))
+        log.stage("serve", [recipe.serve], [final], served, partial(serve_once, final, served, recipe.serve))
         answer = json.loads(served.read_text(encoding="utf-8"))
     result = {
         "recipe": recipe.name,

@@ -166,7 +166,7 @@ class Engine:
         progress: Progress | None,
         cancelled: Callable[[], bool] | None,
     ) -> torch.Tensor:
-        spec, layers = self.spec, self.model.model.layers
+        spec, layers = self.spec, self.model.layers
         x = self.model.model.embed_tokens(torch.tensor(staged.new_ids, device=self.device))  # [T, H]
         positions = torch.arange(start, total, device=self.device)
         cos, sin = cos_sin(spec.rope, spec.head_dim, positions)  # [T, D/2] float32
@@ -214,7 +214,7 @@ class Engine:
         position = torch.tensor([seq.length - 1], device=self.device)
         cos, sin = cos_sin(spec.rope, spec.head_dim, position)
         table = PageTable.of(seq, self.device)
-        for number, layer in enumerate(self.model.model.layers):
+        for number, layer in enumerate(self.model.layers):
             q, k, v = layer.qkv(x, cos, sin)
             self.pool.append(seq, number, k[0], v[0])
             x = layer.finish(x, decode_attention(q[0], self.pool, seq, table, number)[None])

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lcconvert.kernels.kv_pages import PageTensors, dequantize_pages
+from lcconvert.kernels.kv_pages import Kind, PageTensors, dequantize_pages
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.page_store import empty_pages, grown, nbytes, write_pages
 from lcconvert.runtime.sidecar import PAGE, KVConfig
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
 
-_K_KIND = {"bf16": "plain", "fp8": "fp8", "int4": "int4_channel", "k8v4": "fp8"}
-_V_KIND = {"bf16": "plain", "fp8": "fp8", "int4": "int4_token", "k8v4": "int4_token"}
+_K_KIND: dict[str, Kind] = {"bf16": "plain", "fp8": "fp8", "int4": "int4_channel", "k8v4": "fp8"}
+_V_KIND: dict[str, Kind] = {"bf16": "plain", "fp8": "fp8", "int4": "int4_token", "k8v4": "int4_token"}
 
 
 @dataclass(eq=False)
@@ -151,13 +151,14 @@ class PagePool:
 
     def new_sequence(self) -> Sequence:
         shape = (self.spec.num_layers, PAGE, self.spec.num_kv_heads, self.spec.head_dim)
-        return Sequence(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(4)))
+        ends = torch.zeros(4, *shape, dtype=self.dtype, device=self.device)
+        return Sequence(ends[0], ends[1], ends[2], ends[3])
 
     def fork(self, seq: Sequence) -> Sequence:
         """A second sequence with the same content that shares the full pages."""
         self.hold(seq.pages)
-        ends = (seq.sink_k, seq.sink_v, seq.tail_k, seq.tail_v)
-        return Sequence(*(t.clone() for t in ends), ids=list(seq.ids), pages=list(seq.pages))
+        ends = torch.stack((seq.sink_k, seq.sink_v, seq.tail_k, seq.tail_v))  # a copy
+        return Sequence(ends[0], ends[1], ends[2], ends[3], ids=list(seq.ids), pages=list(seq.pages))
 
     def free(self, seq: Sequence) -> None:
         self.release(seq.pages)

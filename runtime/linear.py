@@ -25,6 +25,9 @@ class Int4Linear(nn.Module):
     weight_scale [N, K/group] in the stored dtype, weight_shape int64 [2] = (N, K).
     """
 
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+
     def __init__(self, in_features: int, out_features: int, bias: bool, group_size: int):
         super().__init__()
         if in_features % group_size or group_size % 8:
@@ -47,6 +50,9 @@ class Int4Linear(nn.Module):
 
 class Fp8Linear(nn.Module):
     """y = q(x) @ W.T + b with W e4m3 [N, K] times weight_scale [N, 1]; x is quantized to e4m3 per token as it comes."""
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()

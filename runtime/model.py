@@ -7,6 +7,9 @@ plain causal SDPA for training and for comparison with transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -112,6 +115,10 @@ class Decoder(nn.Module):
         self.lm_head = None if spec.tied_head else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
     @property
+    def layers(self) -> Sequence[Layer]:
+        return cast(Sequence[Layer], self.model.layers)
+
+    @property
     def head_weight(self) -> torch.Tensor:
         """The output projection [V, H]; the embedding itself when tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -128,7 +135,7 @@ class Decoder(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         cos, sin = cos_sin(self.spec.rope, self.spec.head_dim, positions)
         x = self.model.embed_tokens(input_ids)
-        for layer in self.model.layers:
+        for layer in self.layers:
             x = checkpoint(layer, x, cos, sin, use_reentrant=False) if checkpoint_layers else layer(x, cos, sin)
         return self.model.norm(x)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 
 from lcconvert.kernels import kv_pages
-from lcconvert.kernels.kv_pages import PageTensors
+from lcconvert.kernels.kv_pages import Kind, PageTensors
 from lcconvert.runtime.sidecar import PAGE
 
 
 def empty_pages(
-    kind: str,
+    kind: Kind,
     count: int,
     heads: int,
     dim: int,

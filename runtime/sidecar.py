@@ -6,7 +6,7 @@ policy, and unknown keys there can make an engine refuse the checkpoint.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,7 +14,7 @@ from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.source import TensorSource
 
 NAME = "lcconvert.json"
-PAGE = 128  # tokens a KV page holds; also the key-block size of the sparse prefill
+PAGE: Final = 128  # tokens a KV page holds; also the key-block size of the sparse prefill
 
 Scheme = Literal["bf16", "fp8", "int4", "k8v4"]
 
@@ -39,11 +39,11 @@ class AttentionPolicy(_Frozen):
     """
 
     kind: Literal["dense", "hybrid"] = "dense"
-    sink_blocks: int = Field(2, ge=1)
-    local_blocks: int = Field(4, ge=1)
-    dense_last: int = Field(512, ge=0)
-    min_blocks: int = Field(0, ge=0)
-    max_blocks: int | None = Field(None, ge=1)
+    sink_blocks: int = Field(default=2, ge=1)
+    local_blocks: int = Field(default=4, ge=1)
+    dense_last: int = Field(default=512, ge=0)
+    min_blocks: int = Field(default=0, ge=0)
+    max_blocks: int | None = Field(default=None, ge=1)
     alpha: float | list[list[float]] = 0.01
 
     def alpha_of(self, layer: int, heads: int) -> list[float]:
