@@ -14,7 +14,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q --retries 1 $(CPU_INDEX) '$(TORCH)'
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q --retries 1 --no-deps $(CPU_INDEX) '$(TORCH)'
 	$(BIN)/pip install -q --retries 1 -e '.[dev]'
 	touch $@
 
