@@ -180,6 +180,7 @@ class ShardWriter:
         if count == 1:
             final = ["model.safetensors"]
         for i, name in enumerate(final):
+            self._temporary(i).chmod(0o644)  # safetensors makes files that only their owner reads
             self._temporary(i).rename(self._folder / name)
         if count > 1:
             weight_map = {tensor: final[i] for i, names in enumerate(self._shards) for tensor in names}

@@ -35,7 +35,8 @@ def quantize_fp8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if use_triton(x) and x.stride(1) == 1 and x.shape[1] <= 32768:
         return _quantize_fp8_rows_triton(x)
     values = x.float()
-    scale = values.abs().amax(dim=1, keepdim=True) / E4M3_MAX
+    largest = torch.full((), E4M3_MAX, device=x.device)  # CUDA divides by a Python number as a product, rounded twice
+    scale = values.abs().amax(dim=1, keepdim=True) / largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (values / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
