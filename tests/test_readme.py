@@ -1,0 +1,36 @@
+"""README figures come from files: the demo's end is the rendering of the result that a run of it wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from lcconvert.convert.cli import cli
+from lcconvert.convert.run import render_result
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_demo_figures_are_those_of_the_committed_result() -> None:
+    result = json.loads((ROOT / "recipes" / "smoke-result.json").read_text(encoding="utf-8"))
+    shown = README.partition("<!-- demo: begin -->")[2].partition("<!-- demo: end -->")[0]
+    assert render_result(result) in shown
+
+
+def test_links_and_commands_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
+    verbs = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for verb in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert f"\n{verb}:" in verbs
+    for verb in re.findall(r"`lcconvert (\w+)", README):
+        assert verb in cli.commands
+
+
+def test_the_tree_names_files_that_exist() -> None:
+    tree = README.partition("## The tree")[2].partition("```")[2].partition("```")[0]
+    files = {path.stem for folder in ("convert", "runtime", "kernels") for path in (ROOT / folder).glob("*.py")}
+    named = [word for line in tree.splitlines() for word in re.split(r"\s{3,}", line)[0].split() if "/" not in word]
+    assert len(files & set(named)) > 20
