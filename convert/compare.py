@@ -13,13 +13,15 @@ from lcconvert.convert.results import Report
 from lcconvert.runtime.units import format_bytes, format_count
 
 _WINDOW = 2048  # tokens of the perplexity column
+_COST = ("length", "prefill_seconds", "decode_tokens_per_second", "peak_bytes")
 
 
 def comparison_table(reports: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per labelled report (a dict of the schema results.Report), in the given order.
 
     Keys: checkpoint, perplexity_2k (plain, one forward), found and asked (strict, all lengths), by_length (a list of
-    {length, found, asked}), validated (tokens), bytes_on_disk, kv_bytes_per_token (formula).
+    {length, found, asked}), cost (a list of {length, prefill_seconds, decode_tokens_per_second, peak_bytes}), validated
+    (tokens), bytes_on_disk, kv_bytes_per_token (formula).
     """
     return [_row(label, Report.model_validate(report)) for label, report in reports.items()]
 
@@ -33,6 +35,7 @@ def _row(label: str, report: Report) -> dict[str, Any]:
         "found": sum(row.strict for row in measured) if measured else None,
         "asked": sum(row.n for row in measured),
         "by_length": [{"length": row.length, "found": row.strict, "asked": row.n} for row in measured],
+        "cost": [{key: getattr(row, key) for key in _COST} for row in report.cost if row.state == "measured"],
         "validated": report.claim.validated,
         "bytes_on_disk": report.artifact.bytes,
         "kv_bytes_per_token": report.kv_bytes_per_token,
@@ -58,10 +61,32 @@ def render_table(rows: list[dict[str, Any]]) -> str:
                 f"{row['kv_bytes_per_token']:,.0f}",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return _aligned(lines)
+
+
+def render_costs(rows: list[dict[str, Any]]) -> str:
+    """Aligned plain text, a line per checkpoint and length: what a context of that length cost."""
+    lines = [["checkpoint", "context", "prefill s", "decode tokens/s", "peak memory"]]
+    for row in rows:
+        for cost in row["cost"]:
+            lines.append(
+                [
+                    row["checkpoint"],
+                    format_count(cost["length"]),
+                    "-" if cost["prefill_seconds"] is None else f"{cost['prefill_seconds']:.2f}",
+                    "-" if cost["decode_tokens_per_second"] is None else f"{cost['decode_tokens_per_second']:.1f}",
+                    "-" if cost["peak_bytes"] is None else format_bytes(cost["peak_bytes"]),
+                ]
+            )
+    return _aligned(lines)
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """Columns under the first line as their head; the first column to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
 
     def draw(line: list[str]) -> str:
         first, rest = line[0].ljust(widths[0]), (text.rjust(width) for text, width in zip(line[1:], widths[1:]))
         return "  ".join((first, *rest)).rstrip()
 
-    return "\n".join([draw(head), "  ".join("-" * width for width in widths), *map(draw, lines[1:])])
+    return "\n".join([draw(lines[0]), "  ".join("-" * width for width in widths), *map(draw, lines[1:])])

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from lcconvert.convert.checkpoint import open_checkpoint
-from lcconvert.convert.compare import comparison_table, render_table
+from lcconvert.convert.compare import comparison_table, render_costs, render_table
 from lcconvert.convert.extend import extend
 from lcconvert.convert.quantize import quantize
 from lcconvert.convert.recipe import Recipe, load_recipe
@@ -82,7 +82,7 @@ def render_result(result: dict[str, Any]) -> str:
     lines = [f"artifact: {result['artifact']}", f"report:   {result['report']}"]
     if result["answer"]:
         lines += [f"asked over HTTP: {result['answer']['question']}", f"answered:        {result['answer']['answer']}"]
-    return "\n".join([*lines, "", render_table(result["table"])])
+    return "\n".join([*lines, "", render_table(result["table"]), "", render_costs(result["table"])])
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from reports import tiny_report
 
-from lcconvert.convert.compare import comparison_table, render_table
+from lcconvert.convert.compare import comparison_table, render_costs, render_table
 from lcconvert.convert.report import render, write_report
 from lcconvert.convert.results import NeedleCell, PlainPerplexity, Report
 from lcconvert.runtime.errors import UserError
@@ -137,6 +137,7 @@ def test_comparison_table() -> None:
         "checkpoint": "flash", "perplexity_2k": 36.6, "found": 5, "asked": 5,
         "by_length": [{"length": 1024, "found": 5, "asked": 5}], "validated": 4096, "bytes_on_disk": 98_765_432,
         "kv_bytes_per_token": 6144.0,
+        "cost": [{"length": 4096, "prefill_seconds": 8.25, "decode_tokens_per_second": 21.5, "peak_bytes": None}],
     }  # fmt: skip
     rows = json.loads(json.dumps(rows))  # as a recipe's result.json holds them
     assert render_table(rows).splitlines() == [
@@ -144,4 +145,8 @@ def test_comparison_table() -> None:
         "----------  -------------  ----------  ------------  ------------  --------------",
         "source              36.60           -             -        269 MB          23,040",
         "flash               36.60         5/5            4K       98.8 MB           6,144",
+    ]
+    assert render_costs(rows).splitlines()[2:] == [
+        "source           4K       8.25             21.5            -",
+        "flash            4K       8.25             21.5            -",
     ]
