@@ -7,16 +7,27 @@ import re
 from pathlib import Path
 
 from lcconvert.convert.cli import cli
+from lcconvert.convert.compare import comparison_table, render_costs, render_table
 from lcconvert.convert.run import render_result
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def block(name: str) -> str:
+    return README.partition(f"<!-- {name}: begin -->")[2].partition(f"<!-- {name}: end -->")[0]
+
+
+def test_h100_figures_are_those_of_the_committed_reports() -> None:
+    files = {label: ROOT / "recipes" / f"h100-{label}.json" for label in ("extended", "flash")}
+    rows = comparison_table({label: json.loads(path.read_text(encoding="utf-8")) for label, path in files.items()})
+    assert render_table(rows) in block("h100")
+    assert render_costs(rows) in block("h100")
+
+
 def test_demo_figures_are_those_of_the_committed_result() -> None:
     result = json.loads((ROOT / "recipes" / "smoke-result.json").read_text(encoding="utf-8"))
-    shown = README.partition("<!-- demo: begin -->")[2].partition("<!-- demo: end -->")[0]
-    assert render_result(result) in shown
+    assert render_result(result) in block("demo")
 
 
 def test_links_and_commands_exist() -> None:
