@@ -142,6 +142,7 @@ def extend_command(src: str, out: Path, **options: Any) -> None:
 @click.option("--calibration", multiple=True, help="Text to calibrate on; default: a bundled public-domain book.")
 @click.option("--samples", type=int, help="Calibration windows; 0 quantizes without data.")
 @click.option("--length", type=SIZE, help="Tokens per calibration window.")
+@click.option("--wide", multiple=True, help="flash: linear layers to store in fp8, by name or re:PATTERN.")
 @click.option("--ignore", multiple=True, help="Linear layers to leave in 16 bit, by name or re:PATTERN.")
 @click.option("--seed", type=int)
 @device_option

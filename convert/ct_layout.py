@@ -19,24 +19,34 @@ from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.linear import LinearFormat
 
 
-def quantization_config(form: LinearFormat, ignore: tuple[str, ...], *, fp8_kv: bool) -> dict[str, Any]:
-    """The `quantization_config` block of config.json for every linear layer but `ignore` (names or `re:` patterns)."""
+def quantization_config(
+    form: LinearFormat, ignore: tuple[str, ...], *, wide: tuple[str, ...] = (), fp8_kv: bool
+) -> dict[str, Any]:
+    """The `quantization_config` block of config.json for every linear layer but `ignore` (names or `re:` patterns).
+
+    Layers of `wide` are fp8 whatever `form` is; their group comes first, as the first that matches is taken.
+    """
     import compressed_tensors
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
-    if form.kind == "int4":
-        layout = "pack-quantized"
-        weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=form.group_size)
-        activations = None
-    else:
-        layout = "float-quantized"
+    def scheme(form: LinearFormat, targets: tuple[str, ...]) -> QuantizationScheme:
+        if form.kind == "int4":
+            weights = QuantizationArgs(
+                num_bits=4, type="int", symmetric=True, strategy="group", group_size=form.group_size
+            )
+            return QuantizationScheme(targets=list(targets), weights=weights, format="pack-quantized")
         weights = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
-        activations = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="token", dynamic=True)
+        tokens = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="token", dynamic=True)
+        return QuantizationScheme(
+            targets=list(targets), weights=weights, input_activations=tokens, format="float-quantized"
+        )
+
+    schemes = [scheme(LinearFormat("fp8"), wide)] if wide else []
+    schemes.append(scheme(form, ("Linear",)))
     kv_scheme = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="attn_head", dynamic=False)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations, format=layout)
     config = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        format=layout,
+        config_groups={f"group_{number}": entry for number, entry in enumerate(schemes)},
+        format=schemes[0].format if len(schemes) == 1 else "mixed-precision",
         quantization_status="compressed",
         ignore=list(ignore),
         kv_cache_scheme=kv_scheme if fp8_kv else None,

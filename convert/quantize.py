@@ -119,7 +119,7 @@ def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
         LinearFormat("int4", _group_size(plain, ignore, config)) if config.variant == "flash" else LinearFormat("fp8")
     )
     kv = KVConfig(scheme=config.kv_scheme)
-    block = quantization_config(form, ignore, fp8_kv=kv.scheme == "fp8")
+    block = quantization_config(form, ignore, wide=config.wide, fp8_kv=kv.scheme == "fp8")
     layout = QuantLayout.from_config({"quantization_config": block})
     dtype = torch.float16 if source.info("model.embed_tokens.weight")[0] == torch.float16 else torch.bfloat16
     config_json = {k: v for k, v in source.config.items() if k != "torch_dtype"}
@@ -174,24 +174,24 @@ def quantize_layer(
     tensors: dict[str, torch.Tensor] = {}
     rows: list[dict[str, Any]] = []
     for names in SHARED_INPUT:
-        wanted = [name for name in names if plan.layout.format_of(f"{prefix}.{name}")]
-        if not wanted:
-            continue
-        originals = [layer.get_parameter(f"{name}.weight") for name in wanted]
-        weight = torch.cat([*originals]).float()  # [sum of N, K]
-        moments = observed.moments[names[0]] if observed else None
-        values, scale, method = _round(weight, plan.form, moments, plan.dtype, config)
-        rounded = dequantize(values, scale)
-        start = 0
-        for name, original in zip(wanted, originals):
-            part = slice(start, start := start + len(original))
-            full = f"{prefix}.{name}"
-            if plan.form.kind == "int4":
-                tensors |= int4_tensors(full, values[part].to(torch.int8), scale[part])
-            else:
-                tensors |= fp8_tensors(full, values[part].to(FP8), scale[part])
-            rows.append({"name": full, "method": method, **_errors(weight[part], rounded[part], moments)})
-            original.copy_(rounded[part])
+        forms = {name: form for name in names if (form := plan.layout.format_of(f"{prefix}.{name}"))}
+        for form in dict.fromkeys(forms.values()):
+            wanted = [name for name in names if forms.get(name) == form]
+            originals = [layer.get_parameter(f"{name}.weight") for name in wanted]
+            weight = torch.cat([*originals]).float()  # [sum of N, K]
+            moments = observed.moments[names[0]] if observed else None
+            values, scale, method = _round(weight, form, moments, plan.dtype, config)
+            rounded = dequantize(values, scale)
+            start = 0
+            for name, original in zip(wanted, originals):
+                part = slice(start, start := start + len(original))
+                full = f"{prefix}.{name}"
+                if form.kind == "int4":
+                    tensors |= int4_tensors(full, values[part].to(torch.int8), scale[part])
+                else:
+                    tensors |= fp8_tensors(full, values[part].to(FP8), scale[part])
+                rows.append({"name": full, "method": method, **_errors(weight[part], rounded[part], moments)})
+                original.copy_(rounded[part])
     packed = {f"{row['name']}.weight" for row in rows}
     plain = {f"{prefix}.{leaf}": tensor for leaf, tensor in layer.state_dict().items()}
     return tensors | {name: tensor.to(plan.dtype) for name, tensor in plain.items() if name not in packed}, rows
@@ -276,10 +276,12 @@ def _check_complete(source: TensorSource, plain: Decoder) -> None:
 
 
 def _group_size(plain: Decoder, ignore: tuple[str, ...], config: QuantizeConfig) -> int:
-    probe = QuantLayout(groups=((("Linear",), LinearFormat("int4", 1)),), ignore=ignore)
+    probe = QuantLayout(groups=((("Linear",), LinearFormat("int4", 1)),), ignore=(*ignore, *config.wide))
     widths = {n: m.in_features for n, m in plain.named_modules() if isinstance(m, nn.Linear) and probe.format_of(n)}
     if not widths:
-        raise UserError(f"ignore {', '.join(config.ignore)} leaves no linear layer to quantize; ignore less")
+        raise UserError(
+            f"ignore and wide {', '.join((*config.ignore, *config.wide))} leave no linear layer for int4; name fewer"
+        )
     if config.group_size is not None:
         for name, width in widths.items():
             if width % config.group_size or config.group_size % 8:

@@ -28,6 +28,8 @@ class QuantizeConfig(BaseModel):
     samples, length: calibration windows and their tokens; samples 0 quantizes without data (and then by "rtn").
     damp: share of the mean diagonal that GPTQ adds to its matrix, raised until it factorizes.
     ignore: linear layers left in 16 bit, by name or `re:` pattern; embeddings and head always are.
+    wide: linear layers of flash stored in fp8 instead of int4, likewise. Engines that fuse q, k and v, or gate and up,
+    want such neighbours in one format.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +45,7 @@ class QuantizeConfig(BaseModel):
     length: Annotated[Tokens, Field(ge=128)] = 2048
     damp: float = Field(0.05, gt=0.0, le=1.0)
     ignore: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
     seed: int = Field(0, ge=0)
     device: str | None = None
     max_shard: Bytes = 2 * 10**9
