@@ -55,7 +55,7 @@ def cli(debug: bool) -> None:
 
 def main() -> NoReturn:
     """Runs the command line; exits 0, 1 (failed check), 2 (bad input) or 130 (interrupted)."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also where SIGINT is ignored, as in a background job
     try:
         cli(standalone_mode=False)
         code = 0
