@@ -23,7 +23,7 @@ from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.selector_calibration import calibrate_alpha
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.linear import QuantLayout
-from lcconvert.runtime.model import Layer, check_finite
+from lcconvert.runtime.model import Layer, read_tensor
 from lcconvert.runtime.rope import cos_sin
 from lcconvert.runtime.sidecar import AttentionPolicy
 from lcconvert.runtime.source import TensorSource
@@ -85,13 +85,7 @@ def load_layer(source: TensorSource, spec: ModelSpec, number: int, device: torch
     state = {}
     for leaf, wanted in layer.state_dict().items():
         name = f"{prefix}.{leaf}"
-        tensor = source.tensor(name)
-        if tensor.shape != wanted.shape:
-            raise UserError(
-                f"tensor {name} of {source.name} has shape {list(tensor.shape)}, config.json wants "
-                f"{list(wanted.shape)}; config.json and weights do not belong together"
-            )
-        check_finite(name, tensor, source.name)
+        tensor = read_tensor(source, name, wanted.shape)
         state[leaf] = tensor.to(device, torch.float32 if device.type == "cpu" else first)
     layer.load_state_dict(state, assign=True)
     return layer.requires_grad_(False).eval()

@@ -19,6 +19,7 @@ from lcconvert.runtime.attention import PageTable, decode_attention, prefill_att
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.kv_cache import PagePool, Sequence, StagedAppend, read_scales
 from lcconvert.runtime.model import Decoder, load_decoder
+from lcconvert.runtime.plan import GPU_CHUNK
 from lcconvert.runtime.rope import cos_sin
 from lcconvert.runtime.sampler import SamplingParams, sample
 from lcconvert.runtime.sidecar import PAGE, AttentionPolicy, KVConfig, Sidecar
@@ -26,7 +27,7 @@ from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.tokenizer import Tokenizer
 from lcconvert.runtime.units import format_count
 
-CHUNK = {"cuda": 16_384, "cpu": 4_096}  # rows of a prefill chunk; multiples of the page
+CHUNK = {"cuda": GPU_CHUNK, "cpu": 4_096}  # rows of a prefill chunk; multiples of the page
 
 Progress = Callable[[int, int], None]  # layers done, layers in all
 

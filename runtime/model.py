@@ -167,13 +167,7 @@ def load_decoder(
             "config has no place for; config.json and weights do not belong together"
         )
     for name, placeholder in wanted.items():
-        tensor = source.tensor(name)
-        if tensor.shape != placeholder.shape:
-            raise UserError(
-                f"tensor {name} of {source.name} has shape {list(tensor.shape)}, config.json wants "
-                f"{list(placeholder.shape)}; config.json and weights do not belong together"
-            )
-        check_finite(name, tensor, source.name)
+        tensor = read_tensor(source, name, placeholder.shape)
         packed = name.rpartition(".")[2].startswith("weight_") or tensor.dtype == torch.float8_e4m3fn
         tensor = tensor.to(device) if packed else tensor.to(device, dtype)
         owner = decoder.get_submodule(name.rpartition(".")[0])
@@ -183,6 +177,18 @@ def load_decoder(
         else:
             owner.register_buffer(leaf, tensor)
     return decoder.eval()
+
+
+def read_tensor(source: TensorSource, name: str, shape: torch.Size) -> torch.Tensor:
+    """The tensor `name` of `source`; UserError when it has another shape than `shape`, or NaN or infinite values."""
+    tensor = source.tensor(name)
+    if tensor.shape != shape:
+        raise UserError(
+            f"tensor {name} of {source.name} has shape {list(tensor.shape)}, config.json wants "
+            f"{list(shape)}; config.json and weights do not belong together"
+        )
+    check_finite(name, tensor, source.name)
+    return tensor
 
 
 def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
