@@ -17,6 +17,7 @@ import torch
 from lcconvert.kernels.backend import jit, tl, triton, use_triton
 
 E4M3_MAX = 448.0
+MAX_ROW = 32768  # values one program holds to find the largest of a row
 
 
 def expand_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -32,7 +33,7 @@ def quantize_fp8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] -> (e4m3 [M, K], scale fp32 [M, 1]) with x ~= e4m3 * scale; scale = absmax / 448, 1 for a zero row."""
     assert x.ndim == 2
     assert x.is_floating_point()
-    if use_triton(x) and x.stride(1) == 1 and x.shape[1] <= 32768:
+    if use_triton(x) and x.stride(1) == 1 and x.shape[1] <= MAX_ROW:
         return _quantize_fp8_rows_triton(x)
     values = x.float()
     largest = torch.full((), E4M3_MAX, device=x.device)  # CUDA divides by a Python number as a product, rounded twice
@@ -42,16 +43,23 @@ def quantize_fp8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @jit()
+def round_row(values, LARGEST: tl.constexpr):
+    # A row of float32 -> (e4m3 codes, their scale), exactly as the reference does it.
+    step = tl.div_rn(tl.max(tl.abs(values), 0), LARGEST)
+    step = tl.where(step > 0, step, 1.0)
+    quotient = tl.minimum(tl.maximum(tl.div_rn(values, step), -LARGEST), LARGEST)
+    return quotient.to(tl.float8e4nv), step
+
+
+@jit()
 def _quantize_rows_kernel(x, codes, scale, row_stride, k, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
     # One pass over the row; as separate operations this would cost prefill more than fp8 products save.
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < k
     values = tl.load(x + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-    step = tl.div_rn(tl.max(tl.abs(values), 0), LARGEST)
-    step = tl.where(step > 0, step, 1.0)
-    quotient = tl.minimum(tl.maximum(tl.div_rn(values, step), -LARGEST), LARGEST)
-    tl.store(codes + row * k + column, quotient.to(tl.float8e4nv), mask=inside)
+    rounded, step = round_row(values, LARGEST)
+    tl.store(codes + row * k + column, rounded, mask=inside)
     tl.store(scale + row, step)
 
 
@@ -66,26 +74,50 @@ def _quantize_fp8_rows_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return codes, scale
 
 
-def fp8_matmul(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
+def fp8_product(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [M, K] (16 or 32 bit, quantized here by row) times weight e4m3 [N, K] transposed, its scale [N, 1] -> [M, N].
+    """(codes e4m3 [M, K] * scale float32 [M, 1]) @ (weight e4m3 [N, K] * weight_scale float32 [N, 1]).T + bias [N].
 
-    On CUDA K and N must be multiples of 16.
+    -> [M, N] of `out_dtype`. On CUDA K and N must be multiples of 16.
     """
-    n, k = weight.shape
-    assert weight.dtype == torch.float8_e4m3fn
+    (m, k), n = codes.shape, weight.shape[0]
+    assert codes.dtype == weight.dtype == torch.float8_e4m3fn
+    assert codes.is_contiguous()
     assert weight.is_contiguous()
+    assert weight.shape == (n, k), f"codes {tuple(codes.shape)} do not fit K={weight.shape[1]}"
+    assert scale.shape == (m, 1)
     assert weight_scale.shape == (n, 1)
-    assert weight_scale.dtype == torch.float32
-    assert x.shape == (x.shape[0], k), f"x {tuple(x.shape)} does not fit K={k}"
-    codes, scale = quantize_fp8_rows(x)
-    if x.is_cuda:
+    assert scale.dtype == weight_scale.dtype == torch.float32
+    assert bias is None or bias.shape == (n,)
+    if codes.is_cuda:
         assert k % 16 == n % 16 == 0, f"fp8 on CUDA needs multiples of 16, got N={n} K={k}"
         # Row-wise scales are only offered with a bfloat16 result.
         out = torch._scaled_mm(
-            codes, weight.T, scale_a=scale, scale_b=weight_scale.T, out_dtype=torch.bfloat16, use_fast_accum=False
+            codes,
+            weight.T,
+            scale_a=scale,
+            scale_b=weight_scale.T,
+            bias=None if bias is None else bias.to(torch.bfloat16),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=False,
         )
         return out.to(out_dtype)
-    out = expand_e4m3(codes) @ expand_e4m3(weight).T
-    return (out * scale * weight_scale.T).to(out_dtype)
+    out = (expand_e4m3(codes) @ expand_e4m3(weight).T) * scale * weight_scale.T
+    return (out if bias is None else out + bias).to(out_dtype)
+
+
+def fp8_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [M, K], 16 or 32 bit, quantized here by row, in `fp8_product` with the weight -> [M, N] of `out_dtype`."""
+    return fp8_product(*quantize_fp8_rows(x), weight, weight_scale, out_dtype, bias)

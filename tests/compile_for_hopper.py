@@ -8,7 +8,17 @@ from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lcconvert.kernels import fp8, int4, kv_pages, paged_decode, select_blocks, sparse_prefill
+from lcconvert.kernels import (
+    fp8,
+    int4,
+    kv_pages,
+    paged_decode,
+    rms_norm,
+    rotary,
+    select_blocks,
+    silu_mul,
+    sparse_prefill,
+)
 
 TILE = "tensordesc<bf16[128,64]>"
 
@@ -74,6 +84,26 @@ def main():
         {"x": "*bf16", "codes": "*fp8e4nv", "scale": "*fp32"},
         {"BLOCK": 512, "LARGEST": 448.0},
     )
+    row = {"x": "*bf16", "delta": "*bf16", "weight": "*bf16", "out": "*fp8e4nv", "scale": "*fp32", "eps": "fp32"}
+    check(rms_norm._rms_norm_kernel, row, {"ADD": True, "FP8": True, "BLOCK": 512, "LARGEST": 448.0})
+    check(silu_mul._silu_mul_kernel, {"gate_up": "*bf16", "out": "*bf16"}, {"BLOCK": 512})
+    check(
+        silu_mul._silu_mul_fp8_kernel,
+        {"gate_up": "*bf16", "codes": "*fp8e4nv", "scale": "*fp32"},
+        {"BLOCK": 512, "LARGEST": 448.0},
+    )
+    tables = {"cos": "*fp32", "sin": "*fp32"}
+    check(
+        rotary._rotary_kernel,
+        {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32", **tables},
+        {"NORM": True, "HALF": 64, "HEADS": 16},
+    )
+    check(
+        rotary._rotate_append_kernel,
+        {"qkv": "*bf16", "q_weight": "*bf16", "k_weight": "*bf16", "q": "*bf16", "k_pages": "*bf16",
+         "v_pages": "*bf16", "page": "*i32", "page_row": "*i32", "q_eps": "fp32", "k_eps": "fp32", **tables},
+        {"NORM": True, "HALF": 64, "PAGE": 128}, num_warps=1,
+    )  # fmt: skip
     for by_channel in (True, False):
         check(
             kv_pages._quantize_kernel,

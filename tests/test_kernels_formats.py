@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcconvert.kernels import kv_pages
-from lcconvert.kernels.fp8 import expand_e4m3, fp8_matmul, quantize_fp8_rows
+from lcconvert.kernels.fp8 import expand_e4m3, fp8_matmul, fp8_product, quantize_fp8_rows
 from lcconvert.kernels.int4 import dequantize_int4, pack_int4, unpack_int4
 from lcconvert.kernels.kv_pages import (
     PAGE,
@@ -83,18 +83,30 @@ def test_fp8_product_is_the_product_of_the_rounded_operands():
     codes, scale = quantize_fp8_rows(x)
     want = (codes.double() * scale) @ (weight.double() * weight_scale).T
     assert torch.allclose(fp8_matmul(x, weight, weight_scale, torch.float32).double(), want, rtol=1e-5, atol=1e-5)
+    bias = torch.randn(16, generator=generator)
+    got = fp8_product(codes, scale, weight, weight_scale, torch.float32, bias)
+    assert torch.allclose(got.double(), want + bias, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
-def test_fp8_product_on_a_gpu():
+@pytest.mark.parametrize("m", [1, 5, 16, 300])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_fp8_product_on_a_gpu(m, out_dtype, with_bias):
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     generator = torch.manual_seed(0)
-    x = torch.randn(5, 64, generator=generator).bfloat16() * 3
-    weight, weight_scale = quantize_fp8_rows(torch.randn(32, 64, generator=generator) / 7)
-    want = fp8_matmul(x, weight, weight_scale, torch.float32)
-    got = fp8_matmul(x.cuda(), weight.cuda(), weight_scale.cuda(), torch.bfloat16)
-    assert torch.allclose(got.float().cpu(), want, rtol=1e-2, atol=2e-2)
+    x = torch.randn(m, 576, generator=generator).bfloat16() * 3
+    weight, weight_scale = quantize_fp8_rows(torch.randn(1536, 576, generator=generator) / 7)
+    bias = torch.randn(1536, generator=generator).bfloat16() if with_bias else None
+    codes, scale = quantize_fp8_rows(x)
+    want = fp8_product(codes, scale, weight, weight_scale, torch.float32, bias)
+    on_gpu = [t.cuda() for t in (codes, scale, weight, weight_scale)]
+    got = fp8_product(*on_gpu, out_dtype, None if bias is None else bias.cuda())
+    assert got.dtype == out_dtype
+    assert torch.allclose(got.float().cpu(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
+    again = fp8_product(*on_gpu, out_dtype, None if bias is None else bias.cuda())
+    assert torch.equal(got, again)
 
 
 def pages_like_keys(seed, pages=2, heads=3, d=16):
