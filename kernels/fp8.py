@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import torch
 
-from lcconvert.kernels.backend import jit, tl, triton, use_triton
+from lcconvert.kernels.backend import dot_dtype, jit, tl, triton, use_triton
 
 E4M3_MAX = 448.0
+FEW_ROWS = 16  # up to here a product is bound by reading the weight
 MAX_ROW = 32768  # values one program holds to find the largest of a row
 
 
@@ -119,5 +120,72 @@ def fp8_matmul(
     out_dtype: torch.dtype,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [M, K], 16 or 32 bit, quantized here by row, in `fp8_product` with the weight -> [M, N] of `out_dtype`."""
+    """x [M, K], 16 or 32 bit, times the weight of `fp8_product` -> [M, N] of `out_dtype`.
+
+    x is quantized here by row, except for a few 16-bit rows on CUDA, which gain nothing from it.
+    """
+    if x.is_cuda and len(x) <= FEW_ROWS and dot_dtype(x) is not None and use_triton(x):
+        return fp8_few_rows(x, weight, weight_scale, bias).to(out_dtype)
     return fp8_product(*quantize_fp8_rows(x), weight, weight_scale, out_dtype, bias)
+
+
+def fp8_few_rows(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [M <= 16, K], not quantized, @ (weight e4m3 [N, K] * weight_scale float32 [N, 1]).T + bias -> [M, N] as x.
+
+    Bound by reading the weight, once for all rows.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    assert m <= FEW_ROWS
+    assert x.stride(1) == 1
+    assert weight.shape == (n, k)
+    assert weight.dtype == torch.float8_e4m3fn
+    assert weight.is_contiguous()
+    assert weight_scale.shape == (n, 1)
+    assert weight_scale.dtype == torch.float32
+    assert weight_scale.is_contiguous()
+    assert bias is None or (bias.shape == (n,) and bias.is_contiguous())
+    if use_triton(x) and dot_dtype(x) is not None:
+        return _few_rows_triton(x, weight, weight_scale, bias)
+    out = (x.float() @ expand_e4m3(weight).T) * weight_scale.T
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+@jit("m")
+def _few_rows_kernel(
+    x, weight, weight_scale, bias, out, m, n, k, x_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    # The weight is the left operand, so that its rows fill the tensor core; the rows of x are columns.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    real = row < n
+    used = column < m
+    w_row = weight + row.to(tl.int64)[:, None] * k
+    x_column = x + column.to(tl.int64)[None, :] * x_stride
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, k, BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        inside = channel < k
+        codes = tl.load(w_row + channel[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+        values = tl.load(x_column + channel[:, None], mask=inside[:, None] & used[None, :], other=0.0)
+        acc = tl.dot(codes.to(DOT), values.to(DOT), acc, input_precision="ieee")
+    acc *= tl.load(weight_scale + row, mask=real, other=0.0)[:, None]
+    if BIAS:
+        acc += tl.load(bias + row, mask=real, other=0.0).to(tl.float32)[:, None]
+    target = out + column.to(tl.int64)[None, :] * n + row[:, None]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=real[:, None] & used[None, :])
+
+
+def _few_rows_triton(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    (m, k), n = x.shape, weight.shape[0]
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    _few_rows_kernel[(triton.cdiv(n, 16),)](
+        x, weight, weight_scale, bias, out, m, n, k, x.stride(0),
+        ROWS=16, COLUMNS=max(8, triton.next_power_of_2(m)), BLOCK=512, DOT=dot_dtype(x), BIAS=bias is not None,
+        num_warps=1, num_stages=5,
+    )  # fmt: skip
+    return out

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from kernel_tools import close, run_on, storage  # noqa: F401
 
 from lcconvert.kernels import backend
-from lcconvert.kernels.fp8 import MAX_ROW, expand_e4m3
+from lcconvert.kernels.fp8 import MAX_ROW, expand_e4m3, fp8_few_rows, fp8_matmul, quantize_fp8_rows
 from lcconvert.kernels.kv_pages import PAGE
 from lcconvert.kernels.rms_norm import rms_norm, rms_norm_fp8
 from lcconvert.kernels.rotary import rotary, rotate_append
@@ -30,6 +30,11 @@ def quarters(*shape, seed=0, device="cpu", dtype=torch.float32):
 def tables(tokens, d, device):
     angle = randn(tokens, d // 2, seed=9, device=device) * 100
     return angle.cos() * 1.1, angle.sin() * 1.1
+
+
+def on_cpu(run, *args):
+    with backend.force(None):
+        return run(*args)
 
 
 def codes_of_e4m3(*shape):
@@ -208,3 +213,36 @@ def test_running_twice_gives_the_same(device):
     x, weight = randn(5, 192, device=device, dtype=torch.bfloat16), randn(192, seed=2, device=device).bfloat16()
     assert torch.equal(rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5))
     assert torch.equal(silu_mul(x), silu_mul(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 3, 16])
+@pytest.mark.parametrize(("n", "k"), [(24, 576), (40, 1100)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_few_rows_by_an_fp8_weight(device, dtype, m, n, k, with_bias):
+    x = randn(m, k + 8, device=device, dtype=dtype)[:, :k]
+    weight, scale = (t.to(device) for t in on_cpu(quantize_fp8_rows, randn(n, k, seed=1)))
+    bias = randn(n, seed=2, device=device, dtype=dtype) if with_bias else None
+    want = x.double() @ (expand_e4m3(weight).double() * scale.double()).T
+    want = want if bias is None else want + bias.double()
+    got = fp8_few_rows(x, weight, scale, bias)
+    assert got.dtype == dtype
+    close(got, want, max(ROUNDING[dtype], 1e-5))
+    with backend.force("torch"):
+        close(fp8_few_rows(x, weight, scale, bias), want, max(ROUNDING[dtype], 1e-5))
+    if device == "cuda" and dtype != torch.float32:
+        assert torch.equal(fp8_matmul(x, weight, scale, dtype, bias), got)
+
+
+@pytest.mark.gpu
+def test_an_fp8_weight_beyond_31_bits_of_offset(device, vast):
+    if device == "cpu":
+        pytest.skip("the interpreter would walk over all of it")
+    n, k = 520, 2**22
+    weight = vast(torch.uint8)[: n * k].view(torch.float8_e4m3fn).view(n, k)
+    last = codes_of_e4m3(4, 256).to(device)
+    weight[-4:, :256] = last.to(weight.dtype)
+    x = torch.zeros(2, k, dtype=torch.bfloat16, device=device)
+    x[:, :256] = quarters(2, 256, device=device)
+    got = fp8_few_rows(x, weight, torch.ones(n, 1, device=device))
+    close(got[:, -4:], x[:, :256].double() @ last.double().T, 2**-8)
