@@ -239,7 +239,7 @@ def test_an_fp8_weight_beyond_31_bits_of_offset(device, vast):
     if device == "cpu":
         pytest.skip("the interpreter would walk over all of it")
     n, k = 520, 2**22
-    weight = vast(torch.uint8)[: n * k].view(torch.float8_e4m3fn).view(n, k)
+    weight = vast(torch.uint8).zero_()[: n * k].view(torch.float8_e4m3fn).view(n, k)
     last = codes_of_e4m3(4, 256).to(device)
     weight[-4:, :256] = last.to(weight.dtype)
     x = torch.zeros(2, k, dtype=torch.bfloat16, device=device)
