@@ -20,7 +20,7 @@ import torch
 
 from lcconvert.kernels.int4 import int4_matmul
 from lcconvert.kernels.kv_pages import PAGE, Kind, PageTensors, quantize_k_int4, quantize_v_int4
-from lcconvert.kernels.paged_decode import paged_decode
+from lcconvert.kernels.paged_decode import PagePart, attend_pages
 from lcconvert.kernels.select_blocks import pool_keys, select_blocks
 from lcconvert.kernels.sparse_prefill import BLOCK, BlockLists, block_sparse_attention
 
@@ -63,6 +63,16 @@ def ceilings() -> tuple[float, float]:
     return 2 * source.nbytes / copy / 1e9, 2 * 8192**3 / product / 1e9
 
 
+def fp8_ceiling() -> float | None:
+    """TFLOP/s of an e4m3 product with one scale a tensor and fast accumulation; None where the card has no e4m3."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        return None
+    a = torch.randn(8192, 8192, device="cuda").to(torch.float8_e4m3fn)
+    one = torch.ones((), device="cuda")
+    product = milliseconds(lambda: torch._scaled_mm(a, a.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True))
+    return 2 * 8192**3 / product / 1e9
+
+
 def matrix_vector(n: int, k: int, memory: float) -> dict[str, object]:
     size = n * k // 2 + 2 * n * k // GROUP
     copies = max(2, 2**28 // size)
@@ -99,10 +109,10 @@ def decode(name: str, k_kind: Kind, v_kind: Kind, tokens: int, memory: float) ->
     k, v = random_pages(k_kind, pages), random_pages(v_kind, pages)
     q = torch.randn(1, HEADS, D, dtype=torch.bfloat16, device="cuda")
     table = torch.randperm(pages, device="cuda").to(torch.int32)[None]
-    count = torch.tensor([pages], dtype=torch.int32, device="cuda")
-    time = milliseconds(captured(lambda: paged_decode(q, k, v, table, count)))
+    part = PagePart(k, v, table, torch.tensor([tokens], dtype=torch.int32, device="cuda"))
+    time = milliseconds(captured(lambda: attend_pages(q, [part])))
     size = sum(x.nbytes for pool in (k, v) for x in (pool.data, pool.scale, pool.zero) if x is not None)
-    return {"kernel": "paged_decode", "case": f"{name}, {tokens} tokens", "ms": time, **rate(size, time, memory)}
+    return {"kernel": "attend_pages", "case": f"{name}, {tokens} tokens", "ms": time, **rate(size, time, memory)}
 
 
 def overlapping_lists(keys: int, density: float) -> BlockLists:

@@ -37,14 +37,16 @@ def check_decode(k_kind, v_kind):
     data = {"plain": "*bf16", "fp8": "*fp8e4nv", "int4": "*u8"}
     product = {"plain": tl.bfloat16, "fp8": tl.float16, "int4": tl.bfloat16}
     pointers = {
-        "q": "*bf16", "k_data": data[k_kind], "v_data": data[v_kind], "page_table": "*i32", "num_pages": "*i32",
+        "q": "*bf16", "k_data": data[k_kind], "v_data": data[v_kind], "table": "*i32", "tokens": "*i32",
         "k_scale": "*fp32" if k_kind == "fp8" else "*fp16", "v_scale": "*fp32" if v_kind == "fp8" else "*fp16",
-        "k_zero": "*fp16", "v_zero": "*fp16", "out": "*fp32", "lse": "*fp32", "scale_log2": "fp32",
+        "k_zero": "*fp16", "v_zero": "*fp16", "out": "*fp32", "lse": "*fp32", "owner": "*i32",
+        "scale_log2": "fp32",
     }  # fmt: skip
     constants = {
         "K_INT4": k_kind == "int4", "K_FP8": k_kind == "fp8", "V_INT4": v_kind == "int4", "V_FP8": v_kind == "fp8",
+        "RAGGED": k_kind == v_kind == "plain", "BY_HEAD": True, "SEQUENCES": 4,
         "KV_HEADS": 8, "GROUP": 4, "ROWS": 8, "D": 64, "PAGE": 128, "K_DOT": product[k_kind], "V_DOT": product[v_kind],
-        "P_SHIFT": 0, "ASM": True, "PAIRS": paged_decode._CENTRED_PAIRS, "LN2": 0.69,
+        "P_SHIFT": 0, "ASM": True, "PAIRS": paged_decode._CENTRED_PAIRS,
     }  # fmt: skip
     check(paged_decode._decode_kernel, pointers, constants, num_warps=4, num_stages=7)
 
@@ -53,10 +55,11 @@ def main():
     check_decode("int4", "int4")
     check_decode("fp8", "plain")
     check_decode("plain", "fp8")
+    check_decode("plain", "plain")
     check(
         paged_decode._merge_kernel,
-        {"outs": "*fp32", "lses": "*fp32", "out": "*fp32", "lse": "*fp32"},
-        {"PARTS": 16, "D": 64},
+        {"outs": "*fp32", "lses": "*fp32", "owner": "*i32", "out": "*bf16"},
+        {"SLOTS": 64, "HEADS": 32, "GROUP": 4, "D": 64, "WIDE": 32},
     )
     check(
         sparse_prefill._prefill_kernel,

@@ -1,4 +1,4 @@
-"""Paged decode against plain float64 attention over the dequantized pages."""
+"""Attention over pages against plain float64 attention over the dequantized tokens."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from lcconvert.kernels.kv_pages import (
     quantize_v_int4,
     store_16,
 )
-from lcconvert.kernels.paged_decode import merge_partials, paged_decode, paged_decode_torch
+from lcconvert.kernels.paged_decode import PagePart, attend_pages, attend_pages_torch
 
 
 def pool(kind, seed, pages=5, heads=2, d=32, device="cpu"):
@@ -32,20 +32,51 @@ def pool(kind, seed, pages=5, heads=2, d=32, device="cpu"):
     return PageTensors(kind, *(quantize_k_int4 if kind == "int4_channel" else quantize_v_int4)(x))
 
 
-def plain_attention(q, k, v, index):
-    """float64 attention of q [Hq, D] over the listed pages -> (out, lse)."""
-    group = q.shape[0] // k.data.shape[1]
-    keys, values = (dequantize_pages(x, index).double().repeat_interleave(group, 1) for x in (k, v))
-    scores = torch.einsum("hd,thd->ht", q.double(), keys) / q.shape[1] ** 0.5
-    return torch.einsum("ht,thd->hd", scores.softmax(-1), values), scores.logsumexp(-1)
+def attention(q, parts, scale=None):
+    """float64 attention of q [S, Hq, D] over every part's tokens, head by head -> [S, Hq, D]."""
+    sequences, heads, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    out = torch.zeros(sequences, heads, d, dtype=torch.float64, device=q.device)
+    for s in range(sequences):
+        for h in range(heads):
+            rows = [kv_rows(part, s, h // (heads // part.k.data.shape[1])) for part in parts]
+            keys, values = (torch.cat(x) for x in zip(*rows))
+            if len(keys):
+                out[s, h] = (keys @ q[s, h].double() * scale).softmax(0) @ values
+    return out
 
 
-def table(rows, device="cpu"):
-    """Page lists of unequal length -> (page_table, num_pages); unused entries are out of range."""
+def kv_rows(part, s, head):
+    """Keys and values [n, D] one KV head of a sequence attends to, in float64."""
+    table, tokens = part.table[s], part.tokens[s]
+    if table.dim() == 2:
+        table, tokens = table[head], tokens[head]
+    index = table[: -(-int(tokens) // PAGE)].long()
+    return (dequantize_pages(pages, index)[: int(tokens), head].double() for pages in (part.k, part.v))
+
+
+def listed(rows, device="cpu"):
+    """Page lists of unequal length, in full -> (table, tokens); unused entries are out of range."""
     out = torch.full((len(rows), max(map(len, rows))), 10**9, dtype=torch.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
-    return out.to(device), torch.tensor([len(row) for row in rows], dtype=torch.int32, device=device)
+    return out.to(device), torch.tensor([PAGE * len(row) for row in rows], dtype=torch.int32, device=device)
+
+
+def queries(sequences, heads, d, device, dtype=torch.float32):
+    return torch.randn(sequences, heads, d, generator=torch.manual_seed(3)).to(device, dtype)
+
+
+def exact(tokens, device, seed=5, **shape):
+    """Two plain pages a sequence with `tokens` tokens in them; the rest is NaN, as fresh memory may be."""
+    k, v = (pool("plain", seed + i, 2 * len(tokens), device=device, **shape) for i in range(2))
+    table = torch.arange(2 * len(tokens), dtype=torch.int32).view(-1, 2)
+    for s, count in enumerate(tokens):
+        for pages in (k, v):
+            own = pages.data[2 * s : 2 * s + 2].transpose(1, 2).flatten(0, 1)  # [256, Hkv, D], a copy
+            own[count:] = torch.nan
+            pages.data[2 * s : 2 * s + 2] = own.unflatten(0, (2, PAGE)).transpose(1, 2)
+    return PagePart(k, v, table.to(device), torch.tensor(tokens, dtype=torch.int32, device=device))
 
 
 LISTS = [[3, 1, 4], [0, 2, 2, 4, 1], [], [2]]
@@ -56,47 +87,63 @@ TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
 @pytest.mark.parametrize("v_kind", ["plain", "fp8", "int4_token"])
 @pytest.mark.parametrize("k_kind", ["plain", "fp8", "int4_channel"])
 def test_every_pair_of_formats(device, k_kind, v_kind):
-    k, v = pool(k_kind, 1, device=device), pool(v_kind, 2, device=device)
-    q = torch.randn(len(LISTS), 6, 32, generator=torch.manual_seed(3)).to(device)
-    out, lse = paged_decode(q, k, v, *table(LISTS, device))
-    reference, reference_lse = paged_decode_torch(q, k, v, *table(LISTS, device), 32**-0.5)
-    for s, row in enumerate(LISTS):
-        if not row:
-            assert (out[s] == 0).all()
-            assert (lse[s] == -torch.inf).all()
-            continue
-        want, want_lse = plain_attention(q[s], k, v, torch.tensor(row, device=device))
-        close(out[s], want, TOLERANCE[device])
-        close(lse[s], want_lse, TOLERANCE[device])
-        close(reference[s], want, 1e-4)
-        close(reference_lse[s], want_lse, 1e-4)
+    part = PagePart(pool(k_kind, 1, device=device), pool(v_kind, 2, device=device), *listed(LISTS, device))
+    q = queries(len(LISTS), 6, 32, device)
+    out, want = attend_pages(q, [part]), attention(q, [part])
+    assert (out[2] == 0).all()
+    close(out, want, TOLERANCE[device])
+    close(attend_pages_torch(q, [part], 32**-0.5), want, 1e-4)
+    assert torch.equal(attend_pages(q, [part]), out)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(3, 3, 64), (8, 2, 128), (18, 2, 32)])
 def test_head_shapes(device, heads, kv_heads, d):
     k, v = (pool(kind, 1, 3, kv_heads, d, device) for kind in ("int4_channel", "int4_token"))
-    q = torch.randn(1, heads, d, generator=torch.manual_seed(3)).to(device)
-    out, lse = paged_decode(q, k, v, *table([[2, 0]], device))
-    want, want_lse = plain_attention(q[0], k, v, torch.tensor([2, 0], device=device))
-    close(out[0], want, TOLERANCE[device])
-    close(lse[0], want_lse, TOLERANCE[device])
+    parts = [exact([130], device, heads=kv_heads, d=d), PagePart(k, v, *listed([[2, 0]], device))]
+    q = queries(1, heads, d, device)
+    close(attend_pages(q, parts), attention(q, parts), TOLERANCE[device])
+
+
+def test_both_ends_and_the_middle(device):
+    """What decode calls: exact pages, one of them partly filled, and quantized pages chosen for each KV head."""
+    k, v = pool("int4_channel", 1, device=device), pool("int4_token", 2, device=device)
+    table = torch.full((4, 2, 3), 10**9, dtype=torch.int32)
+    pages = torch.tensor([[3, 1], [0, 0], [2, 0], [1, 1]])
+    for s in range(4):
+        for head in range(2):
+            table[s, head, : pages[s, head]] = torch.randperm(5)[: pages[s, head]].int()
+    middle = PagePart(k, v, table.to(device), (pages * PAGE).int().to(device))
+    parts = [exact([256, 0, 1, 129], device), middle]
+    q = queries(4, 6, 32, device)
+    out, want = attend_pages(q, parts), attention(q, parts)
+    assert (out[1] == 0).all()
+    close(out, want, TOLERANCE[device])
+    close(attend_pages_torch(q, parts, 32**-0.5), want, 1e-4)
+    assert torch.equal(attend_pages(q, parts), out)
+
+
+def test_one_long_sequence_among_short_ones(device):
+    k, v = pool("int4_channel", 1, device=device), pool("int4_token", 2, device=device)
+    rows = [[1], [], [2, 4, 0, 1, 3] * 8, [3, 3], [4]]
+    part = PagePart(k, v, *listed(rows, device))
+    q = queries(len(rows), 2, 32, device)
+    close(attend_pages(q, [part]), attention(q, [part]), TOLERANCE[device])
 
 
 def test_bfloat16_queries_and_pages(device):
     k = PageTensors("plain", pool("plain", 1, device=device).data.bfloat16())
-    q = torch.randn(1, 4, 32, generator=torch.manual_seed(3)).to(device).bfloat16()
-    out, _ = paged_decode(q, k, k, *table([[1, 0, 4]], device))
-    assert out.dtype == torch.float32
-    close(out[0], plain_attention(q[0], k, k, torch.tensor([1, 0, 4], device=device))[0], 2e-2)
+    q = queries(1, 4, 32, device, torch.bfloat16)
+    part = PagePart(k, k, *listed([[1, 0, 4]], device))
+    out = attend_pages(q, [part])
+    assert out.dtype == torch.bfloat16
+    close(out, attention(q, [part]), 2e-2)
 
 
 def test_a_scale_of_ones_own(device):
     k, v = pool("int4_channel", 1, device=device), pool("int4_token", 2, device=device)
-    q = torch.randn(1, 4, 32, generator=torch.manual_seed(3)).to(device)
-    out, _ = paged_decode(q, k, v, *table([[1, 2]], device), scale=0.5)
-    close(
-        out[0], plain_attention(q[0] * 0.5 * 32**0.5, k, v, torch.tensor([1, 2], device=device))[0], TOLERANCE[device]
-    )
+    q = queries(1, 4, 32, device)
+    part = PagePart(k, v, *listed([[1, 2]], device))
+    close(attend_pages(q, [part], scale=0.5), attention(q, [part], 0.5), TOLERANCE[device])
 
 
 @pytest.mark.parametrize("kind", ["int4", "plain"])
@@ -122,23 +169,9 @@ def test_pages_beyond_31_bits_of_offset(device, vast, kind):
         small_k = small_v = pool("plain", 1, 1, 1, d, device)
     assert (pages - 1) * data[0].numel() >= 2**31
     data[-1] = small_k.data[0].to(data.dtype)
-    q = torch.randn(1, 2, d, generator=torch.manual_seed(3)).to(device)
-    out, _ = paged_decode(q, k, v, *table([[pages - 1]], device))
-    close(out[0], plain_attention(q[0], small_k, small_v, torch.tensor([0], device=device))[0], 2e-2)
-
-
-def test_parts_merge_into_the_whole(device):
-    k, v = pool("int4_channel", 1, device=device), pool("int4_token", 2, device=device)
-    q = torch.randn(1, 4, 32, generator=torch.manual_seed(3)).to(device)
-    whole, whole_lse = paged_decode(q, k, v, *table([[0, 1, 2, 3]], device))
-    parts = [paged_decode(q, k, v, *table([row], device)) for row in ([0, 1], [2], [3])]
-    empty = (torch.zeros_like(whole), torch.full_like(whole_lse, -torch.inf))
-    out, lse = merge_partials(*(torch.stack(x) for x in zip(*parts, empty)))
-    close(out, whole, TOLERANCE[device])
-    close(lse, whole_lse, TOLERANCE[device])
-    out, lse = merge_partials(*(torch.stack(x) for x in (empty[:1] * 2, empty[1:] * 2)))
-    assert torch.equal(out, empty[0])
-    assert torch.equal(lse, empty[1])
+    q = queries(1, 2, d, device)
+    want = attention(q, [PagePart(small_k, small_v, *listed([[0]], device))])
+    close(attend_pages(q, [PagePart(k, v, *listed([[pages - 1]], device))]), want, 2e-2)
 
 
 def test_a_long_flat_tail_is_not_lost(device):
@@ -151,9 +184,9 @@ def test_a_long_flat_tail_is_not_lost(device):
     scale = torch.tensor([1 / 32], device=device)
     k, v = (PageTensors("fp8", quantize_fp8(x, scale), scale) for x in (k, v))
     q = torch.ones(1, 1, 32, device=device)
-    out, _ = paged_decode(q, k, v, *table([list(range(40))], device))
-    want, _ = plain_attention(q[0], k, v, torch.arange(40, device=device))
-    assert (out[0] + 2 - (want + 2)).abs().max() <= 0.02 * (want + 2).abs().max()
+    part = PagePart(k, v, *listed([list(range(40))], device))
+    want = attention(q, [part])
+    assert (attend_pages(q, [part]) - want).abs().max() <= 0.02 * (want + 2).abs().max()
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -168,7 +201,6 @@ def test_where_pages_lie_does_not_matter(seed, lengths):
     q = torch.randn(len(rows), 4, 16, generator=generator)
     shuffled = (PageTensors(x.kind, x.data[moved], x.scale[moved], x.zero[moved]) for x in (k, v))
     with backend.force("torch"):
-        want = paged_decode(q, k, v, *table(rows))
-        got = paged_decode(q, *shuffled, *table([[place[page] for page in row] for row in rows]))
-    assert torch.equal(got[0], want[0])
-    assert torch.equal(got[1], want[1])
+        want = attend_pages(q, [PagePart(k, v, *listed(rows))])
+        got = attend_pages(q, [PagePart(*shuffled, *listed([[place[page] for page in row] for row in rows]))])
+    assert torch.equal(got, want)
