@@ -16,6 +16,7 @@ from lcconvert.kernels import (
     rms_norm,
     rotary,
     select_blocks,
+    select_pages,
     silu_mul,
     sparse_prefill,
 )
@@ -60,6 +61,16 @@ def main():
         paged_decode._merge_kernel,
         {"outs": "*fp32", "lses": "*fp32", "owner": "*i32", "out": "*bf16"},
         {"SLOTS": 64, "HEADS": 32, "GROUP": 4, "D": 64, "WIDE": 32},
+    )
+    check(
+        select_pages._bound_kernel,
+        {"q": "*bf16", "scale": "*fp16", "zero": "*fp16", "table": "*i32", "pages": "*i32", "keys": "*i32"},
+        {"KV_HEADS": 8, "GROUP": 4, "D": 64, "PAGES": 32},
+    )
+    check(
+        select_pages._list_pages_kernel,
+        {"keys": "*i32", "table": "*i32", "pages": "*i32", "out": "*i32", "tokens": "*i32"},
+        {"PAGE": 128, "ONE": 2**30, "WIDTH": 256},
     )
     check(
         sparse_prefill._prefill_kernel,

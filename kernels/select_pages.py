@@ -1,0 +1,182 @@
+"""Chooses the pages a decoded token attends, for each KV head, by a bound no key of a page can exceed.
+
+The 4-bit codes of a key page run from 0 to 15, so a channel lies between `zero` and `zero + 15 * scale`, and a query's
+best product with any key of the page is at most q . zero + 15 * relu(q) . scale: two dot products with numbers that
+are stored anyway (the idea is Quest's, arXiv 2406.10774, which keeps minima and maxima of its own). A KV head takes the
+best bound of its query heads.
+
+The surprise: how many pages are chosen depends on how many there are, never on the scores, so that a captured CUDA
+graph needs no number from the device.
+"""
+
+# mypy: allow-untyped-defs
+# Triton functions take pointers and compile-time constants, which have no Python types.
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lcconvert.kernels.backend import jit, tl, triton, use_triton
+from lcconvert.kernels.kv_pages import PAGE, PageTensors
+
+_ONE = 2**30  # a share of 1.0
+_PAGES = 32  # bounded by one program
+
+
+def select_pages(
+    q: torch.Tensor,
+    k: PageTensors,
+    table: torch.Tensor,
+    pages: torch.Tensor,
+    *,
+    share: float,
+    at_least: int,
+    newest: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [S, Hq, D] against the first pages[s] (int32 [S]) pages of table int32 [S, maxP]; keys are int4_channel.
+
+    Keeps max(at_least, newest, ceil(share * pages)) pages of each sequence and KV head: the last `newest`, then the
+    best bounds, the earlier of equals first. Returns (pool page numbers int32 [S, Hkv, W] in order of position, the
+    tokens they hold int32 [S, Hkv]), a `PagePart`'s table and tokens. W follows from maxP; what is left is undefined.
+    """
+    sequences, heads, d = q.shape
+    k.check()
+    assert k.kind == "int4_channel"
+    assert k.head_dim == d
+    assert heads % k.data.shape[1] == 0
+    assert q.is_contiguous()
+    assert table.dtype == pages.dtype == torch.int32
+    assert table.is_contiguous()
+    assert table.shape[0] == pages.shape[0] == sequences
+    assert 0 < share <= 1
+    floor = max(at_least, newest)
+    width = min(table.shape[1], max(floor, math.ceil(share * table.shape[1])))
+    if use_triton(q) and d & (d - 1) == 0:
+        return _select_pages_triton(q, k, table, pages, int(share * _ONE), floor, newest, width)
+    return select_pages_torch(q, k, table, pages, share, floor, newest, width)
+
+
+def page_bounds_torch(q: torch.Tensor, k: PageTensors, index: torch.Tensor) -> torch.Tensor:
+    """Bounds float32 [Hkv, n] on the products of q [Hq, D] with any key of pages int64 [n]."""
+    assert k.scale is not None
+    assert k.zero is not None
+    query = q.float().view(k.data.shape[1], -1, q.shape[1])  # [Hkv, G, D]
+    bound = torch.einsum("hgd,nhd->hgn", query, k.zero.index_select(0, index).float())
+    bound += torch.einsum("hgd,nhd->hgn", 15 * query.relu(), k.scale.index_select(0, index).float())
+    return bound.amax(1)
+
+
+def select_pages_torch(
+    q: torch.Tensor,
+    k: PageTensors,
+    table: torch.Tensor,
+    pages: torch.Tensor,
+    share: float,
+    floor: int,
+    newest: int,
+    width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference, a stable sort for each sequence."""
+    out = torch.zeros((len(q), k.data.shape[1], width), dtype=torch.int32, device=q.device)
+    tokens = torch.zeros(out.shape[:2], dtype=torch.int32, device=q.device)
+    for s, count in enumerate(pages.tolist()):
+        wanted = min(count, max(floor, math.ceil(share * count)))
+        listed = table[s, :count]
+        bounds = page_bounds_torch(q[s], k, listed.long())
+        bounds[:, max(0, count - newest) :] = torch.inf
+        best = bounds.argsort(dim=1, descending=True, stable=True)[:, :wanted]
+        out[s, :, :wanted] = listed[best.sort(1).values]
+        tokens[s] = wanted * PAGE
+    return out, tokens
+
+
+@jit("table_width", "newest")
+def _bound_kernel(
+    q, scale, zero, table, pages, keys, table_width, newest,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    sequence = tl.program_id(2)
+    count = tl.load(pages + sequence)
+    if tl.program_id(1) * PAGES >= count:
+        return
+    place = tl.program_id(1) * PAGES + tl.arange(0, PAGES)
+    channel = tl.arange(0, D)
+    listed = place < count
+    page = tl.load(table + sequence * table_width + place, mask=listed, other=0).to(tl.int64)
+    at = (page * KV_HEADS + head)[:, None] * D + channel[None, :]
+    low = tl.load(zero + at).to(tl.float32)  # [PAGES, D]
+    span = tl.load(scale + at).to(tl.float32) * 15
+    best = tl.full([PAGES], -float("inf"), tl.float32)
+    for i in tl.static_range(GROUP):
+        query = tl.load(q + (sequence * KV_HEADS * GROUP + head * GROUP + i) * D + channel).to(tl.float32)[None, :]
+        best = tl.maximum(best, tl.sum(query * low + tl.maximum(query, 0.0) * span, 1))
+    bits = best.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # an integer of the same order
+    key = tl.where(place >= count - newest, 2147483647, key)
+    tl.store(keys + (sequence * KV_HEADS + head) * table_width + place, key, mask=listed)
+
+
+@jit("table_width", "width", "share", "floor")
+def _list_pages_kernel(
+    keys, table, pages, out, tokens, table_width, width, share, floor,
+    PAGE: tl.constexpr, ONE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(1)
+    row = sequence * tl.num_programs(0) + tl.program_id(0)
+    count = tl.load(pages + sequence)
+    wanted = ((count.to(tl.int64) * share + (ONE - 1)) // ONE).to(tl.int32)
+    wanted = tl.minimum(tl.maximum(wanted, floor), count)
+    place = tl.arange(0, WIDTH)
+    listed = place < count
+    key = tl.load(keys + row * table_width + place, mask=listed, other=-2147483648)
+    page = tl.load(table + sequence * table_width + place, mask=listed, other=0)
+    # The cut is the largest key that at least `wanted` keys reach, found by bisection.
+    low = tl.min(tl.where(listed, key, 2147483647), 0).to(tl.int64)
+    high = tl.max(key, 0).to(tl.int64)
+    while low < high:
+        middle = (low + high + 1) >> 1
+        enough = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0) >= wanted
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    cut = low.to(tl.int32)
+    above = listed & (key > cut)
+    equal = listed & (key == cut)
+    # One running sum counts both, 16 bits each: an equal is kept when it and the equals before it are still wanted.
+    spare = wanted - tl.sum(above.to(tl.int32), 0)
+    before = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
+    equals = before >> 16
+    keep = above | (equal & (equals <= spare))
+    target = (before & 0xFFFF) + tl.minimum(equals, spare) - 1
+    tl.store(out + row * width + target, page, mask=keep)
+    tl.store(tokens + row, wanted * PAGE)
+
+
+def _select_pages_triton(
+    q: torch.Tensor,
+    k: PageTensors,
+    table: torch.Tensor,
+    pages: torch.Tensor,
+    share: int,
+    floor: int,
+    newest: int,
+    width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    sequences, heads, d = q.shape
+    kv_heads, most = k.data.shape[1], table.shape[1]
+    assert most < 2**15, "positions are counted in 16 bits"
+    keys = torch.empty((sequences, kv_heads, most), dtype=torch.int32, device=q.device)
+    out = torch.empty((sequences, kv_heads, width), dtype=torch.int32, device=q.device)
+    tokens = torch.empty((sequences, kv_heads), dtype=torch.int32, device=q.device)
+    _bound_kernel[(kv_heads, triton.cdiv(most, _PAGES), sequences)](
+        q, k.scale, k.zero, table, pages, keys, most, newest,
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=d, PAGES=_PAGES, num_warps=4,
+    )  # fmt: skip
+    wide = max(16, triton.next_power_of_2(most))
+    _list_pages_kernel[(kv_heads, sequences)](
+        keys, table, pages, out, tokens, most, width, share, floor,
+        PAGE=PAGE, ONE=_ONE, WIDTH=wide, num_warps=min(16, max(1, wide // 256)),
+    )  # fmt: skip
+    return out, tokens
