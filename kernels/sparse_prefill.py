@@ -127,9 +127,18 @@ def _prefill_kernel(
     listed = index + row * width
     kv_column = (head // GROUP) * D
     q = q_desc.load([tile * BLOCK, head * D]).to(DOT)  # [BLOCK, D]; rows past the end read as zeros
-    best = tl.full([BLOCK], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    acc = tl.zeros([BLOCK, D], tl.float32)
+    # The diagonal block, causal. Keys past the end read as zeros and are later than every real query. It comes first:
+    # after the loop it would keep the assembler from running the loop's products asynchronously.
+    start = (first_block + tile) * BLOCK
+    k = k_desc.load([start, kv_column]).to(DOT)
+    position = tl.arange(0, BLOCK)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.where(position[:, None] >= position[None, :], scores, -float("inf"))
+    best = tl.max(scores, 1) * scale_log2
+    p = tl.math.exp2(scores * scale_log2 - best[:, None])
+    total = tl.sum(p, 1)
+    v = v_desc.load([start, kv_column]).to(DOT)
+    acc = tl.dot(p.to(DOT), v, input_precision="ieee")
     for i in range(tl.load(count + row) - 1):
         start = tl.load(listed + i) * BLOCK
         k = k_desc.load([start, kv_column]).to(DOT)
@@ -142,18 +151,6 @@ def _prefill_kernel(
         v = v_desc.load([start, kv_column]).to(DOT)
         acc = tl.dot(p.to(DOT), v, acc, input_precision="ieee")
         best = new_best
-    # The diagonal block, causal. Keys past the end read as zeros and are later than every real query.
-    start = (first_block + tile) * BLOCK
-    k = k_desc.load([start, kv_column]).to(DOT)
-    v = v_desc.load([start, kv_column]).to(DOT)
-    position = tl.arange(0, BLOCK)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    scores = tl.where(position[:, None] >= position[None, :], scores, -float("inf"))
-    new_best = tl.maximum(best, tl.max(scores, 1) * scale_log2)
-    p = tl.math.exp2(scores * scale_log2 - new_best[:, None])
-    shrink = tl.math.exp2(best - new_best)
-    total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision="ieee")
     o_desc.store([tile * BLOCK, head * D], (acc / total[:, None]).to(o_desc.dtype))
 
 
