@@ -1,8 +1,8 @@
 """Chooses the key blocks each query tile attends, without training: all queries of a tile against mean-pooled keys.
 
-A block's score is the largest logit any query of the tile has with any of the block's pooled keys (32 tokens each: over
-a whole block a single needle would be diluted by 1/128). Blocks within ln(alpha) of the row's best are kept, plus sinks
-and local blocks, within a floor and a cap. No softmax.
+A block's score is the largest logit any query of the tile has with any of the block's pooled keys (32 or 64 tokens
+each: over a whole block a single needle would be diluted by 1/128). Blocks within ln(alpha) of the row's best are kept,
+plus sinks and local blocks, within a floor and a cap. No softmax.
 
 The surprise: the diagonal block has no score, since its pooled keys would hold tokens later than the queries; it is
 always kept instead. Sinks and local blocks are always kept too and count towards floor and cap.
@@ -13,20 +13,22 @@ always kept instead. Sinks and local blocks are always kept too and count toward
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from lcconvert.kernels.backend import descriptor, dot_dtype, jit, tl, triton, use_triton
 from lcconvert.kernels.sparse_prefill import BLOCK, BlockLists
 
-POOL = 32  # tokens averaged into one pooled key
+POOL = 32  # tokens averaged into one pooled key, unless the caller says otherwise
 _LOGITS = 2**23  # logits the reference holds at once
 _SCORES = 2**25  # block scores the fast path holds at once
 
 
-def pool_keys(k: torch.Tensor) -> torch.Tensor:
-    """k [S, Hkv, D] -> mean of every full run of 32 tokens, [S // 32, Hkv, D] of k's dtype."""
-    full = k.shape[0] // POOL
-    return k[: full * POOL].view(full, POOL, *k.shape[1:]).mean(dim=1, dtype=torch.float32).to(k.dtype)
+def pool_keys(k: torch.Tensor, pool: int = POOL) -> torch.Tensor:
+    """k [S, Hkv, D] -> mean of every full run of `pool` tokens, [S // pool, Hkv, D] of k's dtype."""
+    full = k.shape[0] // pool
+    return k[: full * pool].view(full, pool, *k.shape[1:]).mean(dim=1, dtype=torch.float32).to(k.dtype)
 
 
 def select_blocks(
@@ -40,13 +42,15 @@ def select_blocks(
     dense_from: int,
     min_blocks: int,
     max_blocks: int | None,
+    pool: int = POOL,
     pooled: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> BlockLists:
     """Block lists for q [T, Hq, D] at absolute positions q_offset.. (a multiple of 128) over k [S, Hkv, D].
 
     alpha float32 [Hq] in [0, 1]: 0 keeps every block of that head. local_blocks >= 1 counts the diagonal. Tiles that
-    reach position `dense_from` keep everything. `pooled` is `pool_keys(k)`, to share it between calls on one layer.
+    reach position `dense_from` keep everything. `pool` (32 or 64) tokens make a pooled key: 64 halves the work and
+    blurs more. `pooled` is `pool_keys(k, pool)`, to share it between calls on one layer.
     """
     queries, heads, d = q.shape
     assert k.shape[2] == d
@@ -55,32 +59,45 @@ def select_blocks(
     assert q_offset % BLOCK == 0
     assert local_blocks >= 1
     assert sink_blocks >= 0
+    assert pool in (32, 64)
     assert alpha.shape == (heads,)
     assert alpha.dtype == torch.float32
     if pooled is None:
-        pooled = pool_keys(k)
-    assert pooled.shape == (k.shape[0] // POOL, k.shape[1], d)
+        pooled = pool_keys(k, pool)
+    assert pooled.shape == (k.shape[0] // pool, k.shape[1], d)
     assert pooled.dtype == q.dtype
-    rules = Rules(q_offset, queries, sink_blocks, local_blocks, dense_from, min_blocks, max_blocks)
+    rules = Rules(
+        first=q_offset // BLOCK,
+        end=q_offset + queries,
+        sink=sink_blocks,
+        local=local_blocks,
+        dense_from=dense_from,
+        floor=min_blocks,
+        cap=2**30 if max_blocks is None else max_blocks,
+        per_block=BLOCK // pool,
+    )
     scale = d**-0.5 if scale is None else scale
     if use_triton(q) and dot_dtype(q) is not None and d in (16, 32, 64, 128):
         return _select_blocks_triton(q, pooled, alpha, rules, scale)
     return select_blocks_torch(q, pooled, alpha, rules, scale)
 
 
+@dataclass(frozen=True)
 class Rules:
-    """What is kept whatever the scores say."""
+    """Where the queries are, and what is kept whatever the scores say."""
 
-    def __init__(
-        self, q_offset: int, queries: int, sink: int, local: int, dense_from: int, floor: int, cap: int | None
-    ) -> None:
-        self.first = q_offset // BLOCK  # block number of the first tile's diagonal
-        self.tiles = -(-queries // BLOCK)
-        self.sink, self.local = sink, local
-        self.floor, self.cap = floor, 2**30 if cap is None else cap
-        # A tile is dense when its last query is at dense_from or later.
-        self.end = q_offset + queries
-        self.dense_from = dense_from
+    first: int  # block number of the first tile's diagonal
+    end: int  # position after the last query
+    sink: int
+    local: int
+    dense_from: int  # a tile is dense when its last query is at this position or later
+    floor: int
+    cap: int
+    per_block: int  # pooled keys
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.end // BLOCK) - self.first
 
     @property
     def first_dense_tile(self) -> int:
@@ -97,7 +114,7 @@ def select_blocks_torch(
     heads = q.shape[1]
     total = rules.first + rules.tiles
     keep = torch.zeros((heads, rules.tiles, total), dtype=torch.bool, device=q.device)
-    step = max(1, _LOGITS // (heads * BLOCK * max(1, total * BLOCK // POOL)))
+    step = max(1, _LOGITS // (heads * BLOCK * max(1, total * rules.per_block)))
     for start in range(0, rules.tiles, step):
         tiles = range(start, min(start + step, rules.tiles))
         scores = block_scores_torch(q, pooled, rules, tiles, scale)
@@ -118,7 +135,7 @@ def block_scores_torch(q: torch.Tensor, pooled: torch.Tensor, rules: Rules, tile
     scores = torch.full((heads, len(tiles), blocks), -torch.inf, dtype=torch.float32, device=q.device)
     if earlier == 0:
         return scores
-    per_block = BLOCK // POOL
+    per_block = rules.per_block
     rows = q[tiles.start * BLOCK : min(tiles.stop * BLOCK, queries)].transpose(0, 1).float() * scale
     keys = pooled[: earlier * per_block].permute(1, 2, 0).float()  # [Hkv, D, n]
     logits = torch.matmul(rows.reshape(kv_heads, -1, d), keys).view(heads, rows.shape[1], -1)  # [Hq, rows, n]
@@ -150,10 +167,10 @@ def _keep(scores: torch.Tensor, alpha: torch.Tensor, rules: Rules, tiles: range)
 @jit("queries", "first_tile", "first_block", "scored", "tiles", "width")
 def _score_kernel(
     q, pooled_desc, scores, queries, first_tile, first_block, scored, tiles, width, q_row, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PER: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    PER: tl.constexpr = BLOCK // POOL  # pooled keys of a block
+    # PER pooled keys of a block
     WIDE: tl.constexpr = BLOCK // PER  # blocks scored at once
     head = tl.program_id(0) % HEADS
     tile = scored - 1 - tl.program_id(0) // HEADS  # within this launch, longest row first
@@ -254,7 +271,7 @@ def _select_blocks_triton(
         if scored and pooled_blocks is not None:
             _score_kernel[(scored * heads,)](
                 q, pooled_blocks, scores, queries, start, rules.first, scored, tiles, total, q.stride(0), scale,
-                HEADS=heads, GROUP=heads // pooled.shape[1], D=d, BLOCK=BLOCK, POOL=POOL, DOT=dot_dtype(q),
+                HEADS=heads, GROUP=heads // pooled.shape[1], D=d, BLOCK=BLOCK, PER=rules.per_block, DOT=dot_dtype(q),
                 num_warps=8, num_stages=3,
             )  # fmt: skip
         width = max(16, triton.next_power_of_2(total))

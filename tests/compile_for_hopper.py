@@ -52,6 +52,29 @@ def check_decode(k_kind, v_kind):
     check(paged_decode._decode_kernel, pointers, constants, num_warps=4, num_stages=7)
 
 
+def check_int4():
+    pointers = {"x": "*bf16", "packed": "*u8", "scale": "*bf16", "out": "*bf16"}
+    for one, columns in ((True, 8), (False, 16)):
+        check(
+            int4._small_m_kernel,
+            pointers,
+            {"ROWS": 16, "GROUPS": 8, "BYTES": 64, "COLUMNS": columns, "ONE": one, "EVEN": one, "DOT": tl.bfloat16,
+             "ASM": True, "PAIRS": int4._PAIRS_BF16}, num_warps=4 if one else 8, num_stages=4 if one else 3,
+        )  # fmt: skip
+    check(
+        int4._small_m_kernel,
+        dict.fromkeys(("x", "scale", "out"), "*fp16") | {"packed": "*u8"},
+        {"ROWS": 16, "GROUPS": 8, "BYTES": 16, "COLUMNS": 8, "ONE": True, "EVEN": False, "DOT": tl.float16,
+         "ASM": True, "PAIRS": int4._PAIRS_FP16}, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    check(int4._dequantize_kernel, pointers, {"ROWS": 2, "GROUPS": 32, "BYTES": 64})
+    check(
+        int4._expand_fp8_kernel,
+        {"packed": "*u8", "scale": "*bf16", "codes_out": "*fp8e4nv", "row_scale": "*fp32"},
+        {"GROUPS": 32, "BYTES": 64, "LARGEST": 448.0},
+    )
+
+
 def main():
     check_decode("int4", "int4")
     check_decode("fp8", "plain")
@@ -81,18 +104,14 @@ def main():
     check(
         select_blocks._score_kernel,
         {"q": "*bf16", "pooled_desc": TILE, "scores": "*fp32", "scale": "fp32"},
-        {"HEADS": 32, "GROUP": 4, "D": 64, "BLOCK": 128, "POOL": 32, "DOT": tl.bfloat16}, num_warps=8, num_stages=3,
+        {"HEADS": 32, "GROUP": 4, "D": 64, "BLOCK": 128, "PER": 4, "DOT": tl.bfloat16}, num_warps=8, num_stages=3,
     )  # fmt: skip
     check(
         select_blocks._list_kernel,
         {"scores": "*fp32", "log_alpha": "*fp32", "index": "*i32", "count": "*i32"},
         {"WIDTH": 256},
     )
-    check(
-        int4._gemv_kernel,
-        {"x": "*bf16", "packed": "*i32", "scale": "*bf16", "out": "*bf16"},
-        {"ROWS": 8, "GROUPS": 16, "GROUP_WORDS": 16, "ASM": True},
-    )
+    check_int4()
     check(
         fp8._quantize_rows_kernel,
         {"x": "*bf16", "codes": "*fp8e4nv", "scale": "*fp32"},

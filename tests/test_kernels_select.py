@@ -5,7 +5,7 @@ import torch
 from kernel_tools import run_on, storage  # noqa: F401
 
 from lcconvert.kernels import backend, select_blocks
-from lcconvert.kernels.select_blocks import POOL, pool_keys
+from lcconvert.kernels.select_blocks import pool_keys
 from lcconvert.kernels.sparse_prefill import BLOCK, BlockLists
 
 RULES = {"sink_blocks": 1, "local_blocks": 2, "dense_from": 10**9, "min_blocks": 0, "max_blocks": None}
@@ -41,6 +41,7 @@ CASES = [
     (384, 256, {"max_blocks": 1}),
     (5, 0, {}),
     (200, 256, {"alpha": [0.0, 0.3, 0.7, 1.0], "sink_blocks": 0, "local_blocks": 1}),
+    (300, 640, {"pool": 64}),
 ]
 
 
@@ -102,11 +103,12 @@ def test_the_diagonal_hides_later_keys(device):
     assert select(q, k, 512) == want
 
 
-def test_pooled_keys_are_means_of_full_runs():
-    k = torch.randn(5 * POOL + 9, 2, 16, generator=torch.manual_seed(0))
-    pooled = pool_keys(k)
+@pytest.mark.parametrize("pool", [32, 64])
+def test_pooled_keys_are_means_of_full_runs(pool):
+    k = torch.randn(5 * pool + 9, 2, 16, generator=torch.manual_seed(0))
+    pooled = pool_keys(k, pool)
     assert pooled.shape == (5, 2, 16)
-    assert torch.allclose(pooled[3], k[3 * POOL : 4 * POOL].mean(0), atol=1e-6)
+    assert torch.allclose(pooled[3], k[3 * pool : 4 * pool].mean(0), atol=1e-6)
 
 
 def test_queries_beyond_31_bits_of_offset(device, vast):
