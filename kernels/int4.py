@@ -1,12 +1,11 @@
-"""Weights in 4 bits: packing, and the matrix-vector product that decode spends its weight time in.
+"""Weights in 4 bits: packing, expansion for prefill, and the matrix-vector product decode spends its weight time in.
 
 Layout is compressed-tensors' pack-quantized: a weight is [N, K] (out, in), element i of a row sits at bit 4*(i%8) of
 int32 word i//8, stored as q+8 with q in [-8, 7], and one scale covers `g` neighbours of a row. Symmetric only. There is
-no large-M kernel: prefill expands a layer once with `dequantize_int4` and uses the ordinary matrix product.
+no large-M kernel: prefill expands a layer once, to e4m3 or to 16 bits, and uses the ordinary matrix product.
 
-The surprise: for float32 activations on a CPU, PyTorch's own int4 product is slower than dequantizing (no vector code),
-and for bfloat16 it is ten times faster than anything exact. So float32 takes the exact grouped product below, and a
-caller who accepts bfloat16 rounding repacks once with `prepare_int4_cpu`.
+The surprise: on a CPU PyTorch's own int4 product is slower than expanding for float32 and inexact for bfloat16, so the
+reference is a grouped product of its own.
 """
 
 # mypy: allow-untyped-defs
@@ -14,12 +13,12 @@ caller who accepts bfloat16 rounding repacks once with `prepare_int4_cpu`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from lcconvert.kernels.backend import interpreted, jit, tl, triton, use_triton
+from lcconvert.kernels.backend import dot_dtype, interpreted, jit, tl, triton, use_triton
+from lcconvert.kernels.fp8 import E4M3_MAX
 
+_EXPAND_ROWS = 256  # weight rows the reference rounds at once
 SMALL_M = 16  # rows up to which the fused product is used; above it the weight is expanded
 
 
@@ -55,8 +54,32 @@ def unpack_int4(packed: torch.Tensor, k: int) -> torch.Tensor:
 def dequantize_int4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Expand packed int32 [N, K/8] with scale [N, K/g] to [N, K] of `dtype` (product in float32, rounded once)."""
     n, groups = _check_weight(packed, scale)
+    if dtype in (torch.float32, torch.float16, torch.bfloat16) and use_triton(packed) and _fits_tiles(packed, scale):
+        return _dequantize_triton(packed, scale, dtype)
     q = _nibbles(packed).view(n, groups, -1)
     return torch.mul(q, scale.float()[..., None]).view(n, -1).to(dtype)
+
+
+def expand_int4_fp8(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round packed int32 [N, K/8] with scale [N, K/g] to (codes e4m3 [N, K], row_scale float32 [N, 1]).
+
+    W ~= codes * row_scale, which is the largest magnitude of the row / 448, and 1 for a zero row.
+    """
+    n, _ = _check_weight(packed, scale)
+    if use_triton(packed) and _fits_tiles(packed, scale):
+        return _expand_fp8_triton(packed, scale)
+    codes = torch.empty((n, packed.shape[1] * 8), dtype=torch.float8_e4m3fn, device=packed.device)
+    row_scale = torch.empty((n, 1), dtype=torch.float32, device=packed.device)
+    most = torch.full((), E4M3_MAX, device=packed.device)  # CUDA divides by a Python number as a product, rounded twice
+    for start in range(0, n, _EXPAND_ROWS):
+        part = slice(start, start + _EXPAND_ROWS)
+        step = scale[part].float()
+        q = _nibbles(packed[part]).view(*step.shape, -1)
+        row = (q.abs().amax(2) * step.abs()).amax(1, keepdim=True) / most  # int8 holds |-8|
+        row_scale[part] = torch.where(row > 0, row, torch.ones_like(row))
+        values = q * (step / row_scale[part])[..., None]
+        codes[part] = values.clamp_(-E4M3_MAX, E4M3_MAX).view(len(step), -1).to(torch.float8_e4m3fn)
+    return codes, row_scale
 
 
 def _check_weight(packed: torch.Tensor, scale: torch.Tensor) -> tuple[int, int]:
@@ -71,17 +94,21 @@ def _check_weight(packed: torch.Tensor, scale: torch.Tensor) -> tuple[int, int]:
     return packed.shape[0], groups
 
 
+def _fits_tiles(packed: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether a group is what the kernels' tiles need: 32 to 256 weights, a power of two."""
+    return scale.is_contiguous() and packed.shape[1] * 8 // scale.shape[1] in (32, 64, 128, 256)
+
+
 def int4_matmul(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x [M, K] times the transpose of an int4 weight: packed int32 [N, K/8], scale [N, K/g] -> [M, N] of x's dtype.
 
-    M <= 16 reads the weight in 4 bits; larger M expands it first. Sums are float32.
+    M <= 16 reads the weight once, in 4 bits; larger M expands it first. Sums are float32.
     """
     _check_weight(packed, scale)
     assert x.shape == (len(x), packed.shape[1] * 8), f"x {tuple(x.shape)} does not fit K={packed.shape[1] * 8}"
     if x.shape[0] > SMALL_M:
         return x @ dequantize_int4(packed, scale, x.dtype).T
-    group_words = packed.shape[1] // scale.shape[1]
-    if use_triton(x) and group_words & (group_words - 1) == 0:
+    if use_triton(x) and dot_dtype(x) is not None and _fits_tiles(packed, scale):
         return _int4_matmul_triton(x, packed, scale)
     return int4_matmul_torch(x, packed, scale)
 
@@ -109,115 +136,175 @@ def int4_matmul_torch(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor
     return out[None].to(x.dtype)
 
 
-class PreparedInt4(NamedTuple):
-    """An int4 weight in the order of PyTorch's bfloat16 CPU kernel. Still 4 bits a weight."""
+def _centred_pairs(kind: str, one_bits: int, magic_bits: int) -> str:
+    """PTX that takes four code bytes b3 b2 b1 b0 apart: into their low nibbles - 8 and their high nibbles - 8.
 
-    weight: torch.Tensor  # uint8 [N, K/2]
-    scale_zero: torch.Tensor  # bfloat16 [K/g, N, 2]
-    group: int
-
-
-def prepare_int4_cpu(packed: torch.Tensor, scale: torch.Tensor) -> PreparedInt4 | None:
-    """Repack for `int4_matmul_prepared`; None where it lacks the shape (g must be 32 to 256, N a multiple of 16)."""
-    n, groups = _check_weight(packed, scale)
-    group = packed.shape[1] * 8 // groups
-    if group not in (32, 64, 128, 256) or n % 16 or packed.device.type != "cpu":
-        return None
-    codes = (_nibbles(packed) + 8).to(torch.int32)
-    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    scale_zero = torch.stack((scale.float(), torch.zeros_like(scale, dtype=torch.float32)), dim=-1)
-    return PreparedInt4(weight, scale_zero.transpose(0, 1).contiguous().to(torch.bfloat16), group)
+    magic | n is the 16-bit float 2^m + n, so masking the nibbles of two bytes into that pattern and subtracting
+    2^m + 8 makes two exact values an instruction.
+    """
+    one, magic, shift = (f"0x{bits:04X}{bits:04X}" for bits in (one_bits, magic_bits, magic_bits + 0x8008))
+    lines = [".reg .b32 a, b, one, shift;", f"mov.b32 one, {one};", f"mov.b32 shift, {shift};"]
+    lines += ["prmt.b32 a, $4, 0, 0x4140;", "prmt.b32 b, $4, 0, 0x4342;"]
+    for i, half in enumerate("abab"):
+        lines += [f"shr.b32 {half}, {half}, 4;"] if i >= 2 else []
+        lines += [f"lop3.b32 ${i}, {half}, 0x000F000F, {magic}, 0xEA;", f"fma.rn.{kind} ${i}, ${i}, one, shift;"]
+    return "{" + " ".join(lines) + "}"
 
 
-def int4_matmul_prepared(x: torch.Tensor, prepared: PreparedInt4) -> torch.Tensor:
-    """x [M, K] times a prepared weight -> [M, N] of x's dtype, with x, scales and result rounded to bfloat16 (0.3%)."""
-    weight, scale_zero, group = prepared
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), weight, group, scale_zero).to(x.dtype)
+_PAIRS_BF16 = _centred_pairs("bf16x2", 0x3F80, 0x4300)  # 128 + n
+_PAIRS_FP16 = _centred_pairs("f16x2", 0x3C00, 0x6400)  # 1024 + n
 
 
-@jit()
-def _gemv_kernel(
-    x, packed, scale, out, n, words, groups,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, GROUP_WORDS: tl.constexpr, ASM: tl.constexpr,
+@jit("n", "groups", "m")
+def _small_m_kernel(
+    x, packed, scale, out, n, groups, m,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, COLUMNS: tl.constexpr, ONE: tl.constexpr,
+    EVEN: tl.constexpr, DOT: tl.constexpr, ASM: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    # One row of x and ROWS rows of the weight. A row of x next to another is the next program, so that only the first
-    # reads the weight from memory.
-    BLOCK: tl.constexpr = GROUPS * GROUP_WORDS
-    m = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    # ROWS rows of the weight against all rows of x, as one tensor-core product a scale group: warps take groups, so a
+    # program has whole rows and there is nothing to add up between programs. The weight is the left operand: it goes
+    # from memory through shared memory to registers packed, and is taken apart there.
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     real = row < n
-    row64 = row.to(tl.int64)
-    acc = tl.zeros([ROWS, GROUPS, GROUP_WORDS], tl.float32)
-    for start in range(0, words, BLOCK):
-        group = start // GROUP_WORDS + tl.arange(0, GROUPS)
-        word = group[:, None] * GROUP_WORDS + tl.arange(0, GROUP_WORDS)[None, :]  # [GROUPS, GROUP_WORDS]
+    column = tl.arange(0, COLUMNS)
+    lane = tl.arange(0, GROUPS)
+    byte = tl.arange(0, BYTES)
+    both = tl.arange(0, 2 * BYTES)
+    codes_at = packed + (row[None, :, None] * groups + lane[:, None, None]) * BYTES + byte[None, None, :]
+    step_at = scale + row[None, :] * groups + lane[:, None]
+    next_step = tl.load(step_at, mask=real[None, :] & (lane < groups)[:, None], other=0.0)
+    acc = tl.zeros([GROUPS, ROWS, COLUMNS], tl.float32)
+    for start in range(0, groups, GROUPS):
+        step = next_step.to(tl.float32)  # asked for one turn ahead: too narrow to be prefetched into shared memory
+        group = start + lane
         inside = group < groups
-        codes = tl.load(
-            packed + row64[:, None, None] * words + word[None, :, :],
-            mask=real[:, None, None] & inside[None, :, None], other=0,
-        )  # fmt: skip
-        step = tl.load(
-            scale + row64[:, None] * groups + group[None, :], mask=real[:, None] & inside[None, :], other=0.0
-        ).to(tl.float32)
-        # The eight inputs of each word, read as they lie and then taken apart.
-        eight = tl.arange(0, 8)
-        inputs = tl.load(
-            x + m * words * 8 + word[:, :, None] * 8 + eight[None, None, :], mask=inside[:, None, None], other=0.0
-        ).to(tl.float32)
-        even, odd = tl.split(tl.reshape(inputs, [GROUPS, GROUP_WORDS, 4, 2]))
-        x04, x26 = tl.split(tl.reshape(even, [GROUPS, GROUP_WORDS, 2, 2]))
-        x15, x37 = tl.split(tl.reshape(odd, [GROUPS, GROUP_WORDS, 2, 2]))
-        x0, x4 = tl.split(x04)
-        x2, x6 = tl.split(x26)
-        x1, x5 = tl.split(x15)
-        x3, x7 = tl.split(x37)
-        # A nibble at bits 16-19 (12-15) under the right exponent is the float32 128 + nibble (2048 + nibble): four
-        # shifts serve eight nibbles. Codes are q + 8.
-        terms = (-136 * ((x0 + x2) + (x4 + x6)) - 2056 * ((x1 + x3) + (x5 + x7)))[None]
-        terms += _as_float(codes << 16, 16, ASM) * x0[None]
-        terms += _as_float(codes << 8, 12, ASM) * x1[None]
-        terms += _as_float(codes << 8, 16, ASM) * x2[None]
-        terms += _as_float(codes, 12, ASM) * x3[None]
-        terms += _as_float(codes, 16, ASM) * x4[None]
-        terms += _as_float(codes >> 8, 12, ASM) * x5[None]
-        terms += _as_float(codes >> 8, 16, ASM) * x6[None]
-        terms += _as_float(codes >> 16, 12, ASM) * x7[None]
-        acc += terms * step[:, :, None]
-    result = tl.sum(tl.sum(acc, 2), 1)
-    tl.store(out + m * n + row, result.to(out.dtype.element_ty), mask=real)
-
-
-@jit()
-def _as_float(codes, BIT: tl.constexpr, ASM: tl.constexpr):
-    # One instruction by hand; the compiler makes two of the plain expression.
-    if BIT == 16:
-        if ASM:
-            return tl.inline_asm_elementwise(
-                "lop3.b32 $0, $1, 0x000F0000, 0x43000000, 0xEA;",
-                "=r,r",
-                [codes],
-                dtype=tl.float32,
-                is_pure=True,
-                pack=1,
-            )
-        return ((codes & 0x000F0000) | 0x43000000).to(tl.float32, bitcast=True)
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0x0000F000, 0x45000000, 0xEA;", "=r,r", [codes], dtype=tl.float32, is_pure=True, pack=1
+        next_step = tl.load(
+            step_at + (start + GROUPS), mask=real[None, :] & (group + GROUPS < groups)[:, None], other=0.0
         )
-    return ((codes & 0x0000F000) | 0x45000000).to(tl.float32, bitcast=True)
+        if EVEN:
+            codes = tl.load(codes_at + start * BYTES)
+        else:
+            codes = tl.load(codes_at + start * BYTES, mask=real[None, :, None] & inside[:, None, None], other=0)
+        if ASM:
+            if x.dtype.element_ty == tl.bfloat16:
+                low, high = tl.inline_asm_elementwise(
+                    PAIRS, "=r,=r,=r,=r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+                )
+            else:
+                low, high = tl.inline_asm_elementwise(
+                    PAIRS, "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+                )
+        else:
+            low = ((codes & 15).to(tl.float32) - 8).to(DOT)
+            high = ((codes >> 4).to(tl.float32) - 8).to(DOT)
+        # Byte j of a row holds inputs 2j and 2j + 1.
+        if ONE:
+            inputs = tl.load(x + group[:, None] * (2 * BYTES) + both[None, :], mask=inside[:, None], other=0.0)
+            even, odd = tl.split(tl.reshape(inputs.to(DOT), [GROUPS, BYTES, 2]))
+            even = tl.broadcast_to(even[:, :, None], [GROUPS, BYTES, COLUMNS])
+            odd = tl.broadcast_to(odd[:, :, None], [GROUPS, BYTES, COLUMNS])
+        else:
+            inputs = tl.load(
+                x + (column[None, :, None] * groups + group[:, None, None]) * (2 * BYTES) + both[None, None, :],
+                mask=(column < m)[None, :, None] & inside[:, None, None], other=0.0,
+            )  # fmt: skip
+            even, odd = tl.split(tl.reshape(inputs.to(DOT), [GROUPS, COLUMNS, BYTES, 2]))
+            even = tl.permute(even, [0, 2, 1])
+            odd = tl.permute(odd, [0, 2, 1])
+        sums = tl.dot(low, even, input_precision="ieee")
+        sums = tl.dot(high, odd, sums, input_precision="ieee")
+        acc += sums * step[:, :, None]
+    result = tl.sum(acc, 0)  # [ROWS, COLUMNS]
+    at = out + column[None, :] * n + row[:, None]
+    tl.store(at, result.to(out.dtype.element_ty), mask=real[:, None] & (column < m)[None, :])
 
 
 def _int4_matmul_triton(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     m, (n, words), groups = x.shape[0], packed.shape, scale.shape[1]
     assert x.is_contiguous()
-    assert scale.is_contiguous()
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    group_words = words // groups
-    block_groups = max(1, min(triton.next_power_of_2(groups), 256 // group_words))
-    rows = 16 if n >= 4096 else 8  # fewer rows where there would be too few programs to fill the device
-    _gemv_kernel[(m, triton.cdiv(n, rows))](
-        x, packed, scale, out, n, words, groups,
-        ROWS=rows, GROUPS=block_groups, GROUP_WORDS=group_words, ASM=not interpreted, num_warps=4,
+    rows, tile, warps, stages = (16, 8, 4, 4) if m <= 8 else (16, 8, 8, 3)
+    _small_m_kernel[(triton.cdiv(n, rows),)](
+        x, packed.view(torch.uint8), scale, out, n, groups, m,
+        ROWS=rows, GROUPS=tile, BYTES=words * 4 // groups, COLUMNS=8 if m <= 8 else 16, ONE=m == 1,
+        EVEN=n % rows == 0 and groups % tile == 0, DOT=dot_dtype(x), ASM=not interpreted,
+        PAIRS=_PAIRS_BF16 if x.dtype == torch.bfloat16 else _PAIRS_FP16, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
+
+
+@jit("n", "groups")
+def _dequantize_kernel(packed, scale, out, n, groups, ROWS: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    inside = (row < n)[:, None] & (group < groups)[None, :]
+    first = row[:, None] * groups + group[None, :]  # [ROWS, GROUPS]: groups before this one
+    codes = tl.load(
+        packed + first[:, :, None] * BYTES + tl.arange(0, BYTES)[None, None, :], mask=inside[:, :, None], other=0
+    )
+    step = tl.load(scale + first, mask=inside, other=0.0).to(tl.float32)[:, :, None]
+    low = ((codes & 15).to(tl.float32) - 8) * step
+    high = ((codes >> 4).to(tl.float32) - 8) * step
+    values = tl.reshape(tl.join(low, high), [ROWS, GROUPS, 2 * BYTES]).to(out.dtype.element_ty)
+    both = tl.arange(0, 2 * BYTES)
+    tl.store(out + first[:, :, None] * (2 * BYTES) + both[None, None, :], values, mask=inside[:, :, None])
+
+
+def _dequantize_triton(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    (n, words), groups = packed.shape, scale.shape[1]
+    out = torch.empty((n, words * 8), dtype=dtype, device=packed.device)
+    size = words * 4 // groups
+    tile = min(triton.next_power_of_2(groups), 2048 // size)
+    rows = max(1, 4096 // (tile * size))
+    _dequantize_kernel[(triton.cdiv(n, rows), triton.cdiv(groups, tile))](
+        packed.view(torch.uint8), scale, out, n, groups, ROWS=rows, GROUPS=tile, BYTES=size, num_warps=4
+    )
+    return out
+
+
+@jit("groups")
+def _expand_fp8_kernel(
+    packed, scale, codes_out, row_scale, groups, GROUPS: tl.constexpr, BYTES: tl.constexpr, LARGEST: tl.constexpr
+):
+    # Two passes over a row; the second finds it in the cache.
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, GROUPS)
+    byte = tl.arange(0, BYTES)
+    both = tl.arange(0, 2 * BYTES)
+    most = tl.zeros([GROUPS], tl.float32)
+    for start in range(0, groups, GROUPS):
+        group = start + lane
+        inside = group < groups
+        at = row * groups + group
+        codes = tl.load(packed + at[:, None] * BYTES + byte[None, :], mask=inside[:, None], other=0x88).to(tl.int32)
+        step = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+        largest = tl.max(tl.maximum(tl.abs((codes & 15) - 8), tl.abs((codes >> 4) - 8)), 1)
+        most = tl.maximum(most, largest.to(tl.float32) * tl.abs(step))
+    whole = tl.div_rn(tl.max(most, 0), LARGEST)
+    whole = tl.where(whole > 0, whole, 1.0)
+    tl.store(row_scale + row, whole)
+    for start in range(0, groups, GROUPS):
+        group = start + lane
+        inside = group < groups
+        at = row * groups + group
+        codes = tl.load(packed + at[:, None] * BYTES + byte[None, :], mask=inside[:, None], other=0x88)
+        step = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+        step = tl.div_rn(step, tl.zeros_like(step) + whole)[:, None]
+        low = ((codes & 15).to(tl.float32) - 8) * step
+        high = ((codes >> 4).to(tl.float32) - 8) * step
+        values = tl.reshape(tl.join(low, high), [GROUPS, 2 * BYTES])
+        values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST).to(tl.float8e4nv)
+        tl.store(codes_out + at[:, None] * (2 * BYTES) + both[None, :], values, mask=inside[:, None])
+
+
+def _expand_fp8_triton(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    (n, words), groups = packed.shape, scale.shape[1]
+    codes = torch.empty((n, words * 8), dtype=torch.float8_e4m3fn, device=packed.device)
+    row_scale = torch.empty((n, 1), dtype=torch.float32, device=packed.device)
+    size = words * 4 // groups
+    tile = min(triton.next_power_of_2(groups), 2048 // size)
+    _expand_fp8_kernel[(n,)](
+        packed.view(torch.uint8), scale, codes, row_scale, groups,
+        GROUPS=tile, BYTES=size, LARGEST=E4M3_MAX, num_warps=4,
+    )  # fmt: skip
+    return codes, row_scale

@@ -5,14 +5,13 @@ import torch
 from kernel_tools import close, run_on, storage  # noqa: F401
 
 from lcconvert.kernels import backend
-from lcconvert.kernels.fp8 import quantize_fp8_rows
+from lcconvert.kernels.fp8 import expand_e4m3, quantize_fp8_rows
 from lcconvert.kernels.int4 import (
     dequantize_int4,
+    expand_int4_fp8,
     int4_matmul,
-    int4_matmul_prepared,
     int4_matmul_torch,
     pack_int4,
-    prepare_int4_cpu,
 )
 from lcconvert.kernels.kv_pages import PAGE, quantize_k_int4, quantize_v_int4
 
@@ -43,17 +42,67 @@ def test_matmul_in_16_bits(device, dtype):
     close(got, x.double() @ dequantize_int4(packed, scale, torch.float64).T, 1e-2)
 
 
-def test_prepared_weights_stay_four_bits_and_agree_to_bfloat16():
-    packed, scale = weight(64, 256, 64)
-    prepared = prepare_int4_cpu(packed, scale)
-    assert prepared.weight.nbytes == packed.nbytes
-    x = torch.randn(2, 256, generator=torch.manual_seed(0))
-    close(int4_matmul_prepared(x, prepared), x @ dequantize_int4(packed, scale, torch.float32).T, 1e-2)
+@pytest.mark.parametrize("m", [1, 2, 9])
+def test_matmul_beyond_one_tile_is_exact_about_its_ends(device, m):
+    packed, scale = weight(35, 576, 32, device, torch.float16)
+    x = torch.randn(m, 576, generator=torch.manual_seed(m)).to(device, torch.float16)
+    got = int4_matmul(x, packed, scale)
+    close(got, x.double() @ dequantize_int4(packed, scale, torch.float64).T, 2e-3)
+    assert torch.equal(got, int4_matmul(x, packed, scale))
 
 
-def test_shapes_the_prepared_kernel_lacks_are_declined():
-    assert prepare_int4_cpu(*weight(8, 256, 64)) is None
-    assert prepare_int4_cpu(*weight(16, 192, 24)) is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "group"), [(5, 4224, 128), (9, 192, 32), (3, 48, 24)])
+def test_expanded_alike(device, dtype, n, k, group):
+    packed, scale = weight(n, k, group, device, dtype)
+    if device == "cpu":  # the interpreter rounds to bfloat16 by cutting: scales that need no rounding
+        scale = (scale.float() * 4).round().clamp(min=1).to(dtype)
+    with backend.force("torch"):
+        want = dequantize_int4(packed, scale, dtype)
+    assert torch.equal(dequantize_int4(packed, scale, dtype), want)
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(5, 4224, 128), (9, 192, 32), (3, 48, 24)])
+def test_expanded_to_fp8_alike(device, n, k, group):
+    packed, scale = weight(n, k, group, device, torch.bfloat16)
+    if device == "cpu":  # the interpreter rounds to e4m3 wrongly, so it gets values that need no rounding
+        q = torch.tensor([-8, -4, -2, -1, 0, 1, 2, 4], dtype=torch.int8)[
+            torch.randint(0, 8, (n, k), generator=torch.manual_seed(0))
+        ]
+        packed, scale = pack_int4(q), 2.0 ** torch.arange(k // group).remainder(3).expand(n, -1).contiguous()
+    packed[2] = pack_int4(torch.zeros(1, k, dtype=torch.int8)).to(device)
+    with backend.force("torch"):
+        want, want_scale = expand_int4_fp8(packed, scale)
+    got, row_scale = expand_int4_fp8(packed, scale)
+    assert torch.equal(row_scale, want_scale)
+    assert row_scale[2] == 1
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+def test_fp8_weights_stay_within_half_a_step():
+    packed, scale = weight(6, 256, 64)
+    codes, row_scale = expand_int4_fp8(packed, scale)
+    want = dequantize_int4(packed, scale, torch.float32)
+    assert torch.allclose(row_scale[:, 0], want.abs().amax(1) / 448)
+    error = (expand_e4m3(codes) * row_scale - want).abs()
+    assert (error <= want.abs() / 16 + row_scale * 2.0**-10).all()
+
+
+@pytest.mark.gpu  # rows have to be adjacent, so every byte is read: too much for the interpreter
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_weights_beyond_31_bits_of_offset(device, vast):
+    rows = 2**31 // 16 + 64
+    packed = vast(torch.uint8)[: rows * 16].view(torch.int32).view(rows, 4)
+    last, scale = weight(40, 32, 32, device, torch.float16)
+    packed[-40:] = last
+    scales = torch.ones(rows, 1, device=device, dtype=torch.float16)
+    scales[-40:] = scale
+    want = dequantize_int4(last, scale, torch.float32)
+    x = torch.randn(1, 32, generator=torch.manual_seed(0)).to(device, torch.float16)
+    close(int4_matmul(x, packed, scales)[:, -40:], x.double() @ want.double().T, 1e-2)
+    assert torch.equal(dequantize_int4(packed, scales, torch.float16)[-40:], want.half())
+    codes, row_scale = expand_int4_fp8(packed, scales)
+    close(codes[-40:].float() * row_scale[-40:], want, 0.04)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
