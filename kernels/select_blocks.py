@@ -4,6 +4,17 @@ A block's score is the largest logit any query of the tile has with any of the b
 each: over a whole block a single needle would be diluted by 1/128). Blocks within ln(alpha) of the row's best are kept,
 plus sinks and local blocks, within a floor and a cap. No softmax.
 
+Pooled keys are centred: what all keys share (key biases, slow RoPE channels) shifts the logits of a query alike and is
+nothing to softmax, but would let one query of a tile outshout the others. The share of the attention mass outside sinks
+and local blocks that 9 kept blocks a row find (SmolLM2-135M, 4K to 8K tokens of text, five layers):
+
+| pooled over | as it is | centred | with a large vector added to all keys: as it is | centred |
+|---|---|---|---|---|
+| 32 | 0.309 | 0.324 | 0.257 | 0.324 |
+| 64 | 0.306 | 0.324 | 0.260 | 0.324 |
+
+(0.416 with the best blocks known). A lone key among 64 is diluted twice as much as among 32, which this does not show.
+
 The surprise: the diagonal block has no score, since its pooled keys would hold tokens later than the queries; it is
 always kept instead. Sinks and local blocks are always kept too and count towards floor and cap.
 """
@@ -26,9 +37,10 @@ _SCORES = 2**25  # block scores the fast path holds at once
 
 
 def pool_keys(k: torch.Tensor, pool: int = POOL) -> torch.Tensor:
-    """k [S, Hkv, D] -> mean of every full run of `pool` tokens, [S // pool, Hkv, D] of k's dtype."""
+    """k [S, Hkv, D] -> [S // pool, Hkv, D] of k's dtype: means of full runs of `pool` tokens, less the mean of all."""
     full = k.shape[0] // pool
-    return k[: full * pool].view(full, pool, *k.shape[1:]).mean(dim=1, dtype=torch.float32).to(k.dtype)
+    pooled = k[: full * pool].view(full, pool, *k.shape[1:]).mean(dim=1, dtype=torch.float32)
+    return (pooled - pooled.mean(dim=0)).to(k.dtype)
 
 
 def select_blocks(

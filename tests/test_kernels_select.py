@@ -96,19 +96,29 @@ def test_a_lone_needle_is_found(device):
 
 
 def test_the_diagonal_hides_later_keys(device):
-    """Changing keys from the tile's own block on does not change what it selects."""
+    """Changing keys from the tile's own block on, but not the mean of all, does not change what it selects."""
     q, k = inputs(device, 128, 512)
-    want = select(q, k, 512)
     k[512:] *= 100
+    want = select(q, k, 512)
+    k[512:] = k[512:].flip(0)
     assert select(q, k, 512) == want
 
 
+def test_what_all_keys_share_does_not_choose(device):
+    """A vector added to every key shifts all logits of a query alike: softmax does not see it, nor does selection."""
+    q, k = inputs(device, 256, 512)
+    k = (k * 16).round() / 16  # so that the sums below are exact in 16 bits too
+    want = select(q, k, 512, max_blocks=4)
+    shared = torch.tensor([40.0, -60.0], device=device).to(q).repeat_interleave(8)
+    assert select(q, k + shared, 512, max_blocks=4) == want
+
+
 @pytest.mark.parametrize("pool", [32, 64])
-def test_pooled_keys_are_means_of_full_runs(pool):
+def test_pooled_keys_are_centred_means_of_full_runs(pool):
     k = torch.randn(5 * pool + 9, 2, 16, generator=torch.manual_seed(0))
     pooled = pool_keys(k, pool)
     assert pooled.shape == (5, 2, 16)
-    assert torch.allclose(pooled[3], k[3 * pool : 4 * pool].mean(0), atol=1e-6)
+    assert torch.allclose(pooled[3], k[3 * pool : 4 * pool].mean(0) - k[: 5 * pool].mean(0), atol=1e-6)
 
 
 def test_queries_beyond_31_bits_of_offset(device, vast):
