@@ -13,7 +13,7 @@ from lcconvert.convert.settings import make_config
 from lcconvert.runtime.engine import Engine
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.sampler import SamplingParams
-from lcconvert.runtime.sidecar import AttentionPolicy, KVConfig, Sidecar
+from lcconvert.runtime.sidecar import KVConfig, Sidecar
 
 
 def generate(
@@ -49,11 +49,11 @@ def generate(
 
 
 def load_engine(src: str, *, kv: str | None, attention: str | None, device: str | None) -> Engine:
-    """The engine of `src` with the KV scheme or the policy's kind exchanged when asked."""
+    """The engine of `src` with the KV scheme or the policy (see `AttentionPolicy.named`) exchanged when asked."""
     source = open_checkpoint(src)
     policy = Sidecar.read(source).attention
     if attention is not None:
-        policy = make_config(AttentionPolicy, policy.model_dump() | {"kind": attention}, "--attention")
+        policy = policy.named(attention)
     scheme = None if kv is None else make_config(KVConfig, {"scheme": kv}, "--kv")
     return Engine.load(source, device=device, kv=scheme, attention=policy)
 

@@ -7,12 +7,14 @@ import math
 from typing import Any
 
 from lcconvert.convert.checkpoint import open_checkpoint
-from lcconvert.runtime.plan import VARIANTS, kv_bytes_per_token, longest_context, plan
+from lcconvert.runtime.plan import VARIANTS, kv_bytes_per_token, longest_context, plan_variant
 from lcconvert.runtime.rope import inv_freq
 from lcconvert.runtime.sidecar import Sidecar
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
 from lcconvert.runtime.units import format_bytes, format_count
+
+_PARTS = ("weights", "kv_pages", "layer_kv", "hidden", "tables", "expanded", "chunk")
 
 
 def inspect(src: str, *, context: int | None = None, gpu_bytes: int = 80 * 10**9) -> dict[str, Any]:
@@ -21,7 +23,7 @@ def inspect(src: str, *, context: int | None = None, gpu_bytes: int = 80 * 10**9
     spec = ModelSpec.from_config(source.config)
     context = context or spec.max_position
     freq, scale = inv_freq(spec.rope, spec.head_dim)
-    plans = {v: plan(spec, v, context) for v in VARIANTS}
+    plans = {v: plan_variant(spec, v, context, gpu_bytes) for v in VARIANTS}
     return {
         "source": source.name,
         "family": spec.family,
@@ -43,7 +45,7 @@ def inspect(src: str, *, context: int | None = None, gpu_bytes: int = 80 * 10**9
         },
         "kv_bytes_per_token": {s: kv_bytes_per_token(spec, s) for s in ("bf16", "fp8", "int4", "k8v4")},
         "plan_context": context,
-        "plans": {v: p.as_dict() | {"fits": p.total <= gpu_bytes} for v, p in plans.items()},
+        "plans": {v: p.as_dict() for v, p in plans.items()},
         "longest_context": {v: longest_context(spec, v, gpu_bytes) for v in VARIANTS},
         "faults": find_faults(source, spec),
     }
@@ -101,9 +103,13 @@ def render(report: dict[str, Any], gpu_bytes: int) -> str:
         f"  memory at {format_count(report['plan_context'])} tokens on {format_bytes(gpu_bytes)}:",
     ]
     for variant, p in report["plans"].items():
-        parts = ", ".join(f"{k} {format_bytes(p[k])}" for k in ("weights", "kv_pages", "layer_kv", "hidden", "chunk"))
+        parts = ", ".join(f"{k.replace('_', ' ')} {format_bytes(p[k])}" for k in _PARTS if p[k])
         verdict = "fits" if p["fits"] else "does not fit"
         longest = format_count(report["longest_context"][variant])
         lines.append(f"    {variant:7}{format_bytes(p['total']):>9} {verdict} ({parts}); longest {longest}")
+        lines.append(
+            f"           {p['kv_scheme']} KV, prefill in chunks of {p['chunk_rows']:,} rows, hidden states "
+            + (f"in {format_bytes(p['host_pinned'])} of pinned host memory" if p["offload"] else "on the GPU")
+        )
     lines += [f"  fault: {fault}" for fault in report["faults"]] or ["  no faults found"]
     return "\n".join(lines)

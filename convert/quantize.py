@@ -252,7 +252,14 @@ def _sidecar(src: str, plan: Plan, config: QuantizeConfig, alphas: list[list[flo
         attention = attention.model_copy(update={"alpha": [[round(a, 9) for a in row] for row in alphas]})
     provenance = {"source": src, **plan.inherited.provenance, "quantize": config.model_dump(mode="json")}
     context = plan.inherited.context.model_copy(update={"validated": None})  # validated lengths are of other weights
-    return Sidecar(variant=config.variant, kv=plan.kv, attention=attention, context=context, provenance=provenance)
+    return Sidecar(
+        variant=config.variant,
+        prefill_gemm="fp8" if config.variant == "flash" else "16-bit",
+        kv=plan.kv,
+        attention=attention,
+        context=context,
+        provenance=provenance,
+    )
 
 
 def _read(source: TensorSource, name: str) -> torch.Tensor:

@@ -22,7 +22,6 @@ import torch
 from lcconvert.convert.agreement import Reference, compare, read_reference
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.claim import checks, context_claim, write_claim
-from lcconvert.convert.cost import kv_bytes_formula
 from lcconvert.convert.hashing import WEIGHT_PATTERNS, artifact_hash, file_hash
 from lcconvert.convert.haystack import Haystack, SentenceBank
 from lcconvert.convert.needles import NeedlePlan, contexts, prompt_of, run_needles, tally
@@ -34,6 +33,7 @@ from lcconvert.convert.samples import LOG, SampleLog, sample_key
 from lcconvert.convert.validate_config import ValidateConfig
 from lcconvert.runtime.engine import Engine
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
+from lcconvert.runtime.plan import kv_bytes_per_token
 from lcconvert.runtime.sidecar import Sidecar
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
@@ -48,6 +48,11 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
     report is written.
     """
     started = time.perf_counter()
+    if config.attention is not None and out is None:
+        raise UserError(
+            f"attention is {config.attention!r}, not the artifact's own policy; give -o, so that the report in the "
+            "artifact stays one of the artifact"
+        )
     subject = _Subject.open(src, config)
     reference = None if config.against is None else _open_reference(config.against, subject, config)
     haystack = Haystack.load(config.haystack)
@@ -70,7 +75,10 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
         compared = _Comparison(subject, reference, text, config, base, log, bar.advance) if reference else None
         if compared:
             compared.read_reference()  # before the subject is loaded: one model in memory at a time
-        engine = Engine.load(subject.source, device=subject.device, dtype=subject.dtype, max_context=subject.longest)
+        engine = Engine.load(
+            subject.source, device=subject.device, dtype=subject.dtype, attention=subject.sidecar.attention,
+            max_context=subject.longest,
+        )  # fmt: skip
         agreement = compared.finish(engine) if compared else None
         perplexity = None
         if config.perplexity_context:
@@ -95,12 +103,12 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
         perplexity=perplexity,
         agreement=agreement,
         cost=cost,
-        kv_bytes_per_token=kv_bytes_formula(subject.spec, engine.kv),
+        kv_bytes_per_token=kv_bytes_per_token(subject.spec, engine.kv.scheme),
         claim=claim,
         checks=checks(config.thresholds, needles, agreement),
     )
     write_report(report, out)
-    if folder is not None:
+    if folder is not None and config.attention is None:
         write_claim(folder, claim, list(config.lengths))
     if failed := [check for check in report.checks if not check.passed]:
         raise CheckFailed(f"{'; '.join(_missed(check) for check in failed)}; the report is in {out}")
@@ -124,7 +132,7 @@ class _Subject:
     @classmethod
     def open(cls, src: str, config: ValidateConfig) -> _Subject:
         source = open_checkpoint(src)
-        sidecar = Sidecar.read(source)
+        sidecar = _with_policy(Sidecar.read(source), config.attention)
         needed = [*config.lengths, config.perplexity_context or 1, config.agreement_tokens if config.against else 1]
         if max(needed) > sidecar.context.configured:
             raise UserError(
@@ -179,9 +187,9 @@ class _Comparison:
         self.subject, self.source, self.text, self.config = subject, reference, text, config
         self.log, self.advance = log, advance
         self.sha256 = identity(reference)[0]
-        sidecar = Sidecar.read(reference)
+        self.policy = _with_policy(Sidecar.read(reference), config.against_attention).attention
         self.key = sample_key(
-            **base, kind="agreement", reference=self.sha256, reference_attention=sidecar.attention.model_dump(),
+            **base, kind="agreement", reference=self.sha256, reference_attention=self.policy.model_dump(),
             text=text.sha256, tokens=config.agreement_tokens, decode_tokens=config.decode_tokens,
         )  # fmt: skip
         self.read: Reference | None = None
@@ -189,7 +197,10 @@ class _Comparison:
     def read_reference(self) -> None:
         if self.log.get(self.key) is None:
             tokens = self.config.agreement_tokens
-            engine = Engine.load(self.source, device=self.subject.device, dtype=self.subject.dtype, max_context=tokens)
+            engine = Engine.load(
+                self.source, device=self.subject.device, dtype=self.subject.dtype, attention=self.policy,
+                max_context=tokens,
+            )  # fmt: skip
             self.read = read_reference(engine, self.text.excerpt(engine.tokenizer, tokens, "agreement"))
         self.advance()
 
@@ -209,6 +220,10 @@ class _Comparison:
         self.advance()
         fields = {name: row[name] for name in ("tokens", "prefill", "by_position", "decode", "ppl_increase")}
         return Agreement(reference=self.source.name, reference_sha256=self.sha256, **fields)
+
+
+def _with_policy(sidecar: Sidecar, name: str | None) -> Sidecar:
+    return sidecar if name is None else sidecar.model_copy(update={"attention": sidecar.attention.named(name)})
 
 
 def _open_reference(src: str, subject: _Subject, config: ValidateConfig) -> TensorSource:

@@ -40,7 +40,9 @@ class ValidateConfig(BaseModel):
     perplexity_context: the longest window; 512, 1K, 2K, ... below it are measured too; None measures no perplexity.
     perplexity_targets: the last tokens of the text, the same in every window.
     perplexity_text, haystack: a text file or folder; None is the bundled public-domain text.
-    against: a reference checkpoint to compare with on `agreement_tokens` tokens, `decode_tokens` of them decoded.
+    attention: "dense", "hybrid" or "hybrid-decode" instead of the artifact's own policy.
+    against: a reference checkpoint to compare with on `agreement_tokens` tokens, `decode_tokens` of them decoded;
+    `against_attention` is its policy, so that an artifact can be compared with itself read densely.
     max_seconds: start no further needle context that would end later than this.
     """
 
@@ -55,7 +57,9 @@ class ValidateConfig(BaseModel):
     perplexity_targets: int = Field(256, ge=2, le=384)
     perplexity_text: Path | None = None
     haystack: Path | None = None
+    attention: Literal["dense", "hybrid", "hybrid-decode"] | None = None
     against: str | None = None
+    against_attention: Literal["dense", "hybrid", "hybrid-decode"] | None = None
     agreement_tokens: Annotated[Tokens, Field(ge=128)] = 2048
     decode_tokens: int = Field(64, ge=0, le=96)
     seed: int = 0

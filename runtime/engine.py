@@ -1,39 +1,34 @@
-"""The engine: layer-major prefill, paged decode, generation.
+"""The engine: prefill, decode and generation over one loaded model, its page pool and its attention policy.
 
-A prompt runs layer by layer over all its tokens, in row chunks. So one layer's K and V stay exact while that layer
-attends and are quantized into pages once, after it; an int4 layer is expanded once, not once a chunk; block selection
-sees the whole context. Between layers the engine reports progress and can be cancelled, which leaves the sequence as
-it was. One thread at a time may use an engine; the server gives it one of its own.
+A prefill reports progress and can be cancelled between its layers, which leaves the sequence as it was; other sequences
+may decode meanwhile, from the progress callback. One thread at a time may use an engine; the server gives it one of
+its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 
-from lcconvert.runtime.attention import PageTable, decode_attention, prefill_attention
+from lcconvert.runtime.decode import MOST_SEQUENCES, DecodeStep
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.kv_cache import PagePool, Sequence, StagedAppend, read_scales
 from lcconvert.runtime.model import Decoder, load_decoder
-from lcconvert.runtime.plan import GPU_CHUNK
-from lcconvert.runtime.rope import cos_sin
+from lcconvert.runtime.plan import MemoryPlan, plan_for_source
+from lcconvert.runtime.prefill import Cancelled, PrefillSetup, Progress, run_prefill
+from lcconvert.runtime.products import Gemm, LayerWeights
 from lcconvert.runtime.sampler import SamplingParams, sample
 from lcconvert.runtime.sidecar import PAGE, AttentionPolicy, KVConfig, Sidecar
 from lcconvert.runtime.source import TensorSource
+from lcconvert.runtime.timing import PartTimer
 from lcconvert.runtime.tokenizer import Tokenizer
 from lcconvert.runtime.units import format_count
 
-CHUNK = {"cuda": GPU_CHUNK, "cpu": 4_096}  # rows of a prefill chunk; multiples of the page
-
-Progress = Callable[[int, int], None]  # layers done, layers in all
-
-
-class Cancelled(Exception):
-    """The caller asked to stop; the sequence is as it was before the call."""
+__all__ = ["Cancelled", "ContextExceeded", "Engine", "Piece", "Progress"]
+CPU_CHUNK = 4_096  # rows of a prefill chunk where memory is not what limits it
 
 
 class ContextExceeded(UserError):
@@ -63,11 +58,22 @@ class Engine:
         name: str,
         max_context: int,
         eos_ids: frozenset[int],
+        gemm: Gemm = "16-bit",
+        chunk: int = CPU_CHUNK,
+        offload: bool = False,
     ):
+        """`gemm`: how int4 layers multiply in prefill. `chunk`: prefill rows at a time, a multiple of 128. `offload`:
+        a prompt's hidden states live in pinned host memory (CUDA only)."""
         self.model, self._tokenizer, self.pool, self.attention = model, tokenizer, pool, attention
         self.spec, self.name, self.max_context, self.eos_ids = model.spec, name, max_context, eos_ids
-        self.device, self.dtype, self.kv = pool.device, pool.dtype, pool.config
-        self.chunk = CHUNK[self.device.type]
+        self.device, self.dtype, self.kv, self.gemm = pool.device, pool.dtype, pool.config, gemm
+        self.chunk, self.offload = chunk, offload
+        self._layers = [LayerWeights(layer) for layer in model.layers]
+        self._alpha = torch.tensor(
+            [attention.alpha_of(layer, self.spec.num_heads) for layer in range(self.spec.num_layers)],
+            device=self.device,
+        )  # [layers, Hq]
+        self._decode = DecodeStep(model, self._layers, pool, attention)
 
     @classmethod
     def load(
@@ -79,14 +85,16 @@ class Engine:
         kv: KVConfig | None = None,
         attention: AttentionPolicy | None = None,
         max_context: int | None = None,
+        gpu_bytes: int | None = None,
     ) -> Engine:
         """Loads `source`. None takes: CUDA if there is one; bfloat16 there and float32 on a CPU; KV scheme, policy and
-        context from the artifact's sidecar. On a GPU the pages for `max_context` are reserved at once."""
+        context from the artifact's sidecar; what is free of the GPU. On a GPU the pages for `max_context` are reserved
+        at once, and a context that cannot fit into `gpu_bytes` is refused before anything is read."""
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         sidecar = Sidecar.read(source)
         kv = kv or sidecar.kv
-        model = load_decoder(source, device=where, dtype=dtype)
+        policy = attention or sidecar.attention
         limit = max_context or sidecar.context.configured
         if limit > sidecar.context.configured:
             raise ContextExceeded(
@@ -94,6 +102,13 @@ class Engine:
                 f"{format_count(limit)} were asked for; extend it first"
             )
         on_gpu = where.type == "cuda"
+        gemm: Gemm = "fp8" if sidecar.prefill_gemm == "fp8" and on_gpu and _has_fp8(where) else "16-bit"
+        plan: MemoryPlan | None = None
+        if on_gpu:
+            budget = gpu_bytes or torch.cuda.mem_get_info(where)[0]
+            plan = plan_for_source(source, kv, policy, limit, gemm=gemm, dtype=dtype, gpu_bytes=budget)
+            plan.check(source.name)
+        model = load_decoder(source, device=where, dtype=dtype)
         pool = PagePool(
             model.spec,
             kv,
@@ -105,8 +120,18 @@ class Engine:
         )
         tokenizer = Tokenizer.from_files(source.files) if "tokenizer.json" in source.files else None
         eos = frozenset(model.spec.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
-        policy = attention or sidecar.attention
-        return cls(model, tokenizer, pool, policy, name=source.name, max_context=limit, eos_ids=eos)
+        return cls(
+            model,
+            tokenizer,
+            pool,
+            policy,
+            name=source.name,
+            max_context=limit,
+            eos_ids=eos,
+            gemm=gemm,
+            chunk=plan.chunk_rows if plan else CPU_CHUNK,
+            offload=plan.offload if plan else False,
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -133,12 +158,14 @@ class Engine:
         want: Literal["last", "all"] = "last",
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
+        timer: PartTimer | None = None,
     ) -> torch.Tensor:
         """Appends `ids` to `seq`. "last": float32 logits [V] after the last id; "all": normed hidden states [T, H].
 
-        Raises ContextExceeded before any work, and Cancelled between layers.
+        Raises ContextExceeded before any work, and Cancelled between layers. `progress` is called between layers, and
+        may decode other sequences. `timer` collects where the time goes.
         """
-        start, total = seq.length, seq.length + len(ids)
+        total = seq.length + len(ids)
         if not ids:
             raise UserError("the prompt is empty; give at least one token")
         if total > self.max_context:
@@ -146,81 +173,38 @@ class Engine:
                 f"the context would be {total} tokens, the limit is {self.max_context}; shorten the prompt or "
                 "serve a longer context"
             )
+        setup = PrefillSetup(
+            self.model, self._layers, self.pool, self.attention, self._alpha, self.gemm, self.chunk, self.offload
+        )
+        if timer is not None:
+            timer.start()
         staged = StagedAppend(self.pool, seq, ids)
         try:
-            hidden = self._run_layers(seq, staged, start, total, want, progress, cancelled)
+            hidden = run_prefill(
+                setup, seq, staged, want_all=want == "all", progress=progress, cancelled=cancelled, timer=timer
+            )
         except BaseException:
             staged.drop()
             raise
         staged.commit()
-        if want == "all":
-            return self.model.model.norm(hidden)
-        return self.model.logits(self.model.model.norm(hidden[-1]))
+        normed = self.model.model.norm(hidden)
+        result = normed if want == "all" else self.model.logits(normed[0])
+        if timer is not None:
+            timer.stop()
+        return result
 
-    def _run_layers(
-        self,
-        seq: Sequence,
-        staged: StagedAppend,
-        start: int,
-        total: int,
-        want: str,
-        progress: Progress | None,
-        cancelled: Callable[[], bool] | None,
-    ) -> torch.Tensor:
-        spec, layers = self.spec, self.model.layers
-        x = self.model.model.embed_tokens(torch.tensor(staged.new_ids, device=self.device))  # [T, H]
-        positions = torch.arange(start, total, device=self.device)
-        cos, sin = cos_sin(spec.rope, spec.head_dim, positions)  # [T, D/2] float32
-        k = torch.empty(total, spec.num_kv_heads, spec.head_dim, dtype=self.dtype, device=self.device)
-        v = torch.empty_like(k)
-        chunks = self._chunks(start, total)
-        for number, layer in enumerate(layers):
-            if cancelled is not None and cancelled():
-                raise Cancelled(f"stopped after {number} of {len(layers)} layers")
-            self.pool.read_prefix(seq, number, k, v)
-            for begin, end in chunks:
-                rows = slice(begin - start, end - start)
-                normed = layer.input_layernorm(x[rows])
-                k[begin:end], v[begin:end] = layer.self_attn.key_value(normed, cos[rows], sin[rows])
-            staged.store(number, k, v)
-            last_only = want == "last" and number == len(layers) - 1
-            for begin, end in [(total - 1, total)] if last_only else chunks:
-                rows = slice(begin - start, end - start)
-                q = layer.self_attn.query(layer.input_layernorm(x[rows]), cos[rows], sin[rows])
-                attn = prefill_attention(
-                    q, k[:end], v[:end], q_offset=begin, total=total, policy=self.attention, layer=number
-                )
-                x[rows] = layer.finish(x[rows], attn)
-            if progress is not None:
-                progress(number + 1, len(layers))
-        return x
-
-    def _chunks(self, start: int, total: int) -> list[tuple[int, int]]:
-        """Row ranges [begin, end) that cover start..total; all but the first begin at a multiple of the page."""
-        borders = [start]
-        if start % PAGE:
-            borders.append(min(total, -(-start // PAGE) * PAGE))
-        while borders[-1] < total:
-            borders.append(min(total, borders[-1] + self.chunk))
-        return [(a, b) for a, b in pairwise(borders) if a < b]
-
-    @torch.inference_mode()
     def decode(self, seq: Sequence, token: int) -> torch.Tensor:
         """Appends one token and returns the float32 logits [V] after it."""
-        if seq.length >= self.max_context:
+        return self.decode_batch([seq], [token])[0]
+
+    @torch.inference_mode()
+    def decode_batch(self, seqs: list[Sequence], tokens: list[int]) -> torch.Tensor:
+        """Appends one token to each of up to 8 different sequences: float32 logits [S, V] after them."""
+        if len(seqs) > MOST_SEQUENCES:
+            raise ValueError(f"{len(seqs)} sequences in one step, {MOST_SEQUENCES} is the most")
+        if any(seq.length >= self.max_context for seq in seqs):
             raise ContextExceeded(f"the context is full at {self.max_context} tokens; serve a longer context")
-        seq.ids.append(token)
-        spec = self.spec
-        x = self.model.model.embed_tokens(torch.tensor([token], device=self.device))  # [1, H]
-        position = torch.tensor([seq.length - 1], device=self.device)
-        cos, sin = cos_sin(spec.rope, spec.head_dim, position)
-        table = PageTable.of(seq, self.device)
-        for number, layer in enumerate(self.model.layers):
-            q, k, v = layer.qkv(x, cos, sin)
-            self.pool.append(seq, number, k[0], v[0])
-            x = layer.finish(x, decode_attention(q[0], self.pool, seq, table, number)[None])
-        self.pool.seal(seq)
-        return self.model.logits(self.model.model.norm(x[0]))
+        return self._decode(seqs, tokens)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -279,10 +263,15 @@ class Engine:
     def memory(self) -> dict[str, Any]:
         """Bytes: `weights`, `kv_pool`, and on a GPU `peak_gpu` since the process began or the last reset."""
         tensors = (*self.model.parameters(), *self.model.buffers())
-        report: dict[str, Any] = {"weights": sum(t.nbytes for t in tensors), "kv_pool": self.pool.bytes}
+        pages = self.pool.bytes + self.pool.exact_bytes
+        report: dict[str, Any] = {"weights": sum(t.nbytes for t in tensors), "kv_pool": pages}
         if self.device.type == "cuda":
             report["peak_gpu"] = torch.cuda.max_memory_allocated(self.device)
         return report
+
+
+def _has_fp8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _cut_at_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:

@@ -202,7 +202,14 @@ def cos_sin(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tables for int64 `positions` of any shape [...]: two tensors [..., head_dim/2] of `dtype` on their device."""
     freq, scale = inv_freq(rope, head_dim)
-    angle = positions.to(torch.float64)[..., None] * freq.to(positions.device, torch.float64)
+    return rotation(freq.to(positions.device, torch.float64), scale, positions, dtype)
+
+
+def rotation(
+    freq: torch.Tensor, scale: float, positions: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`cos_sin` from frequencies float64 [D/2] that are on the positions' device already, as a CUDA graph needs."""
+    angle = positions.to(torch.float64)[..., None] * freq
     return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
 
 

@@ -16,6 +16,9 @@ from lcconvert.runtime.source import TensorSource
 NAME = "lcconvert.json"
 PAGE: Final = 128  # tokens a KV page holds; also the key-block size of the sparse prefill
 
+POLICIES = ("dense", "hybrid", "hybrid-decode")
+DECODE_SHARE = 0.04  # of the pages, where page-sparse decode is asked for by name
+
 Scheme = Literal["bf16", "fp8", "int4", "k8v4"]
 
 
@@ -31,11 +34,14 @@ class KVConfig(_Frozen):
 
 
 class AttentionPolicy(_Frozen):
-    """Which key blocks a prefill query tile attends to; decode is dense over the quantized pages.
+    """Which key blocks a prefill query tile attends to, and which pages a decoded token does.
 
-    hybrid: `sink_blocks` first blocks, `local_blocks` up to the tile's own, and every block whose pooled score lies
-    within ln(alpha) of the row's best; queries from `dense_last` tokens before the end attend to all. `alpha` is one
-    number or [layer][query head]; smaller keeps more.
+    hybrid: `sink_blocks` first blocks, `local_blocks` up to the tile's own, and every block whose score (against keys
+    averaged over `pool` tokens) lies within ln(alpha) of the row's best; queries from `dense_last` tokens before the
+    end attend to all. `alpha` is one number or [layer][query head]; smaller keeps more.
+
+    Decode is dense over the quantized pages unless `decode_share` is set: then every KV head reads that share of its
+    pages, the best by their bounds, at least `decode_pages` and always the `decode_newest` last ones.
     """
 
     kind: Literal["dense", "hybrid"] = "dense"
@@ -45,6 +51,18 @@ class AttentionPolicy(_Frozen):
     min_blocks: int = Field(default=0, ge=0)
     max_blocks: int | None = Field(default=None, ge=1)
     alpha: float | list[list[float]] = 0.01
+    pool: Literal[32, 64] = 32
+    decode_share: float | None = Field(default=None, gt=0, le=1)
+    decode_pages: int = Field(default=64, ge=1)
+    decode_newest: int = Field(default=4, ge=1)
+
+    def named(self, name: str) -> AttentionPolicy:
+        """This policy as "dense", "hybrid" (sparse prefill) or "hybrid-decode" (page-sparse decode too)."""
+        if name not in POLICIES:
+            raise UserError(f"attention policy is {name!r}, expected {', '.join(POLICIES)}")
+        kind = "dense" if name == "dense" else "hybrid"
+        share = (self.decode_share or DECODE_SHARE) if name == "hybrid-decode" else None
+        return self.model_copy(update={"kind": kind, "decode_share": share})
 
     def alpha_of(self, layer: int, heads: int) -> list[float]:
         return [self.alpha] * heads if isinstance(self.alpha, float) else self.alpha[layer]
@@ -58,8 +76,12 @@ class ContextClaim(_Frozen):
 
 
 class Sidecar(_Frozen):
+    """`prefill_gemm` is how layers with int4 weights multiply many rows: "fp8" expands weights and rounds activations
+    to e4m3 where the GPU has it (elsewhere 16-bit is used); layers stored otherwise do as they are stored."""
+
     format: Literal[1] = 1
     variant: Literal["source", "extended", "pro", "flash"] = "source"
+    prefill_gemm: Literal["16-bit", "fp8"] = "16-bit"
     kv: KVConfig = KVConfig()
     attention: AttentionPolicy = AttentionPolicy()
     context: ContextClaim

@@ -36,7 +36,9 @@ def test_imports_point_one_way(folder: str) -> None:
 
 def test_wheel_lists_every_folder() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and list(p.glob("*.py")) and p.name != "tests"}
+    folders = {
+        p.name for p in ROOT.iterdir() if p.is_dir() and list(p.glob("*.py")) and p.name != "tests" and p.name[0] != "."
+    }
     assert set(settings["packages"]) == {f"lcconvert.{name}" for name in folders}
     for name in folders:
         nested = [p for p in (ROOT / name).iterdir() if p.is_dir() and p.name != "__pycache__"]

@@ -95,7 +95,7 @@ def test_smollm2_differs_only_by_the_float32_angle(smollm2, smollm2_text, monkey
         angle = positions.float()[..., None] * freq
         return angle.cos() * scale, angle.sin() * scale
 
-    monkeypatch.setattr("lcconvert.runtime.engine.cos_sin", float32_angle)
+    monkeypatch.setattr("lcconvert.runtime.prefill.cos_sin", float32_angle)
     assert _worst(Engine.load(smollm2, device="cpu"), *smollm2_text, prefill=500) <= 1e-4
 
 

@@ -14,7 +14,6 @@ import torch
 from tiny import write_tiny
 
 from lcconvert.convert.claim import checks, context_claim, write_claim
-from lcconvert.convert.cost import kv_bytes_formula
 from lcconvert.convert.hashing import artifact_hash
 from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.results import NeedleLength, Report
@@ -25,6 +24,7 @@ from lcconvert.runtime.engine import Engine
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
 from lcconvert.runtime.kv_cache import PagePool
 from lcconvert.runtime.model import load_decoder
+from lcconvert.runtime.plan import kv_bytes_per_token
 from lcconvert.runtime.sidecar import ContextClaim, KVConfig, Sidecar
 from lcconvert.runtime.source import FolderSource
 from lcconvert.runtime.spec import ModelSpec
@@ -325,7 +325,7 @@ def test_kv_formula_equals_what_is_stored(artifact: Path, scheme: Any) -> None:
     spec, kv = ModelSpec.from_config(FolderSource(artifact).config), KVConfig(scheme=scheme)
     scales = [(torch.ones(spec.num_kv_heads), torch.ones(spec.num_kv_heads))] * spec.num_layers
     pool = PagePool(spec, kv, device=torch.device("cpu"), dtype=torch.bfloat16, scales=scales)
-    assert kv_bytes_formula(spec, kv) == pool.bytes_per_token()
+    assert kv_bytes_per_token(spec, scheme) == pool.bytes_per_token()
 
 
 @pytest.mark.parametrize(

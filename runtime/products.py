@@ -1,0 +1,180 @@
+"""A layer's weights as the engine multiplies with them: neighbours merged into one product, expanded once a prefill.
+
+Query, key and value projections read the same input, and so do gate and up: their rows are laid behind one another and
+the modules keep views, so nothing is stored twice. Few rows (decode) multiply with the packed weight as it lies; many
+rows (prefill) with an e4m3 or 16-bit copy that lives for one layer of one prefill.
+
+The surprise: neighbours stored in different formats are joined as 16-bit copies, or in e4m3 when all of them can be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lcconvert.kernels.fp8 import fp8_matmul, fp8_product, quantize_fp8_rows
+from lcconvert.kernels.int4 import SMALL_M, dequantize_int4, expand_int4_fp8, int4_matmul
+from lcconvert.kernels.rms_norm import rms_norm, rms_norm_fp8
+from lcconvert.kernels.silu_mul import silu_mul, silu_mul_fp8
+from lcconvert.runtime.linear import Fp8Linear, Int4Linear
+from lcconvert.runtime.model import Layer, RMSNorm
+
+Gemm = Literal["16-bit", "fp8"]
+Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # [M, K], or its e4m3 codes and float32 scales [M, 1]
+MANY = SMALL_M + 1  # rows from which a product is worth expanding the weight
+
+
+@dataclass(frozen=True)
+class Product:
+    """y = x @ W.T + b in `dtype`. `weight` is [N, K] in 16/32 bit or e4m3, or packed int4 [N, K/8]; these have `scale`.
+
+    With `codes`, x comes as e4m3 codes and their scales; else in 16 or 32 bit.
+    """
+
+    dtype: torch.dtype
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    bias: torch.Tensor | None
+    codes: bool = False
+
+    def __call__(self, x: Rows) -> torch.Tensor:
+        """[M, K] -> [M, N]."""
+        if isinstance(x, tuple):
+            assert self.scale is not None
+            return fp8_product(*x, self.weight, self.scale, self.dtype, self.bias)
+        if self.scale is None:
+            return F.linear(x, self.weight, self.bias)
+        if self.weight.dtype == torch.int32:
+            y = int4_matmul(x, self.weight, self.scale)
+        else:
+            y = fp8_matmul(x, self.weight, self.scale, x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def rows(self, begin: int, end: int) -> Product:
+        """The product with outputs begin..end alone; no copy."""
+        scale = None if self.scale is None else self.scale[begin:end]
+        bias = None if self.bias is None else self.bias[begin:end]
+        return replace(self, weight=self.weight[begin:end], scale=scale, bias=bias)
+
+    def normed(self, x: torch.Tensor, norm: RMSNorm, delta: torch.Tensor | None = None) -> Rows:
+        """Norm of x [M, H], after x += delta in place, in the form this product takes."""
+        return (rms_norm_fp8 if self.codes else rms_norm)(x, norm.weight, norm.eps, delta=delta)
+
+    def gated(self, gate_up: torch.Tensor) -> Rows:
+        """silu(gate) * up of [M, 2I] in the form this product takes."""
+        return (silu_mul_fp8 if self.codes else silu_mul)(gate_up)
+
+    def taken(self, x: torch.Tensor) -> Rows:
+        """Plain rows in the form this product takes."""
+        return quantize_fp8_rows(x) if self.codes else x
+
+
+@dataclass(frozen=True)
+class Products:
+    """The four products of a layer."""
+
+    qkv: Product
+    o: Product
+    gate_up: Product
+    down: Product
+
+
+class LayerWeights:
+    """One decoder layer, its neighbouring projections merged in place."""
+
+    def __init__(self, layer: Layer):
+        attn, mlp = layer.self_attn, layer.mlp
+        self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.q_norm, self.k_norm = (
+            (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else None for norm in (attn.q_norm, attn.k_norm)
+        )
+        groups = [[attn.q_proj, attn.k_proj, attn.v_proj], [attn.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+        dtype = self.input_norm.weight.dtype
+        self._groups = [_merged(modules, dtype) for modules in groups]
+
+    def few(self) -> Products:
+        """For up to 16 rows. Neighbours that could not be merged get a joined copy: keep the result."""
+        return Products(*(group[0] if len(group) == 1 else _joined(group, "16-bit") for group in self._groups))
+
+    def many(self, gemm: Gemm) -> Products:
+        """For a prefill: int4 weights expanded to e4m3 ("fp8") or to the activation dtype."""
+        return Products(*(_joined(group, gemm) for group in self._groups))
+
+
+def _merged(modules: list[nn.Module], dtype: torch.dtype) -> list[Product]:
+    """One product over the rows of all modules, which become views of it; one each when their formats differ."""
+    products = [_as_product(module, dtype) for module in modules]
+    forms = {
+        (p.weight.dtype, None if p.scale is None else (p.scale.dtype, p.scale.shape[1]), p.bias is None)
+        for p in products
+    }
+    if len(products) == 1 or len(forms) > 1:
+        return products
+    whole = _concatenated(products)
+    begin = 0
+    for module, product in zip(modules, products, strict=True):
+        end = begin + len(product.weight)
+        _rebind(module, whole.rows(begin, end))
+        begin = end
+    return [whole]
+
+
+def _as_product(module: nn.Module, dtype: torch.dtype) -> Product:
+    assert isinstance(module, (Int4Linear, Fp8Linear, nn.Linear))
+    if isinstance(module, Int4Linear):
+        return Product(dtype, module.weight_packed, module.weight_scale, module.bias)
+    scale = module.weight_scale.float() if isinstance(module, Fp8Linear) else None
+    return Product(dtype, module.weight, scale, module.bias)
+
+
+def _rebind(module: nn.Module, view: Product) -> None:
+    if isinstance(module, Int4Linear):
+        assert view.scale is not None
+        module.weight_packed, module.weight_scale = view.weight, view.scale
+    elif isinstance(module, Fp8Linear):
+        assert view.scale is not None
+        module.weight, module.weight_scale = view.weight, view.scale
+    else:
+        module.weight = nn.Parameter(view.weight, requires_grad=False)
+
+
+def _joined(group: list[Product], gemm: Gemm) -> Product:
+    pieces = [_expanded(product, gemm) for product in group]
+    if len(pieces) > 1 and not all(piece.codes for piece in pieces):
+        pieces = [_widened(piece) for piece in pieces]
+    return pieces[0] if len(pieces) == 1 else _concatenated(pieces)
+
+
+def _expanded(product: Product, gemm: Gemm) -> Product:
+    if product.scale is None:
+        return product
+    if product.weight.dtype != torch.int32:
+        return replace(product, codes=True)
+    n, words = product.weight.shape
+    if gemm == "fp8" and n % 16 == 0 and words % 2 == 0:
+        codes, scale = expand_int4_fp8(product.weight, product.scale)
+        return replace(product, weight=codes, scale=scale, codes=True)
+    return replace(product, weight=dequantize_int4(product.weight, product.scale, product.dtype), scale=None)
+
+
+def _widened(product: Product) -> Product:
+    if product.scale is None:
+        return product
+    return replace(product, weight=(product.weight.float() * product.scale).to(product.dtype), scale=None, codes=False)
+
+
+def _concatenated(products: list[Product]) -> Product:
+    scales = [p.scale for p in products if p.scale is not None]
+    biases = [p.bias for p in products if p.bias is not None]
+    assert len(biases) in (0, len(products)), "neighbouring projections: some with and some without a bias"
+    return Product(
+        products[0].dtype,
+        torch.cat([p.weight for p in products]),
+        torch.cat(scales) if scales else None,
+        torch.cat(biases) if biases else None,
+        products[0].codes,
+    )
