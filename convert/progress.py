@@ -50,6 +50,11 @@ class _Bar:
         self.bar.update(self.task, note=text)  # type: ignore[attr-defined]
 
 
+def say(text: str) -> None:
+    """One line about what runs now."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
     """Shows `total` steps of `unit` under `label` until the block ends."""

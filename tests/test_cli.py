@@ -125,16 +125,6 @@ def test_generate_streams_an_answer(tiny: Path, tmp_path: Path, call) -> None:
     assert again[1] == out
 
 
-def test_bench_measures(tiny: Path, call) -> None:
-    code, out, _ = call("bench", str(tiny), "--context", "256", "--decode", "3", "--kv", "int4", "--json")
-    result = json.loads(out)
-    assert code == 0
-    assert result["kv"] == "int4"
-    assert result["prefill_seconds"] > 0
-    assert result["decode_tokens_per_second"] > 0
-    assert call("bench", str(tiny), "--context", "4k")[0] == 2
-
-
 def _poison(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
