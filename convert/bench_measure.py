@@ -39,6 +39,7 @@ def ways_to_decode(engine: Engine) -> list[tuple[AttentionPolicy, Step]]:
     if policy.decode_share is None:
         return [(policy, engine.decode)]
     dense = policy.model_copy(update={"decode_share": None})
+    # The engine's own merged layers: merging them once more would hold the weights twice.
     step = DecodeStep(engine.model, engine._layers, engine.pool, dense)
     return [(dense, torch.inference_mode()(lambda seq, token: step([seq], [token])[0])), (policy, engine.decode)]
 

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from lcconvert.convert.checkpoint import open_checkpoint
+from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.plan import VARIANTS, kv_bytes_per_token, longest_context, plan_variant
 from lcconvert.runtime.rope import inv_freq
 from lcconvert.runtime.sidecar import Sidecar
@@ -23,7 +24,12 @@ def inspect(src: str, *, context: int | None = None, gpu_bytes: int = 80 * 10**9
     spec = ModelSpec.from_config(source.config)
     context = context or spec.max_position
     freq, scale = inv_freq(spec.rope, spec.head_dim)
-    plans = {v: plan_variant(spec, v, context, gpu_bytes) for v in VARIANTS}
+    plans, impossible = {}, []
+    for variant in VARIANTS:
+        try:
+            plans[variant] = plan_variant(spec, variant, context, gpu_bytes)
+        except UserError as error:
+            impossible.append(str(error))
     return {
         "source": source.name,
         "family": spec.family,
@@ -46,8 +52,8 @@ def inspect(src: str, *, context: int | None = None, gpu_bytes: int = 80 * 10**9
         "kv_bytes_per_token": {s: kv_bytes_per_token(spec, s) for s in ("bf16", "fp8", "int4", "k8v4")},
         "plan_context": context,
         "plans": {v: p.as_dict() for v, p in plans.items()},
-        "longest_context": {v: longest_context(spec, v, gpu_bytes) for v in VARIANTS},
-        "faults": find_faults(source, spec),
+        "longest_context": {v: longest_context(spec, v, gpu_bytes) for v in plans},
+        "faults": [*find_faults(source, spec), *impossible],
     }
 
 

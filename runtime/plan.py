@@ -150,11 +150,22 @@ def plan_for_source(
 
 
 def variant_layout(spec: ModelSpec, variant: str) -> QuantLayout:
-    """How the layers of a variant are stored by default: int4 by the largest group that divides, fp8, or plain."""
+    """How the layers of a variant are stored by default: int4 by the largest group that divides, fp8, or plain.
+
+    UserError when no int4 group divides the widths of the layers.
+    """
     if variant == "16-bit":
         return QuantLayout()
-    group = next(g for g in (128, 64, 32) if spec.hidden_size % g == spec.intermediate_size % g == spec.q_size % g == 0)
-    form = LinearFormat("int4", group) if variant == "flash" else LinearFormat("fp8")
+    form = LinearFormat("fp8")
+    if variant == "flash":
+        widths = sorted({spec.hidden_size, spec.q_size, spec.intermediate_size})
+        group = next((g for g in (128, 64, 32) if not any(width % g for width in widths)), None)
+        if group is None:
+            raise UserError(
+                f"no int4 group of 128, 64 or 32 divides the layer widths {', '.join(map(str, widths))}, so there is "
+                "no flash variant; use pro"
+            )
+        form = LinearFormat("int4", group)
     return QuantLayout(((("Linear",), form),), ignore=("lm_head",))
 
 

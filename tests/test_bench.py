@@ -266,6 +266,16 @@ def test_pro_shape_prints_json(shape: str, call: Call) -> None:
     assert [row["policy"] for row in document["decode"]] == ["dense"]
 
 
+def test_widths_without_an_int4_group_have_no_flash_variant(tmp_path: Path, call: Call) -> None:
+    odd = {"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 3}
+    odd |= {"num_key_value_heads": 1, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["smollm2-135m"] | odd))
+    args = ["--shape", str(tmp_path), "--random-weights", "--context", "200", "--decode", "1", "--device", "cpu"]
+    code, _, err = call(*args)
+    assert (code, "no int4 group of 128, 64 or 32 divides the layer widths 48, 100" in err) == (2, True)
+    assert call(*args, "--variant", "pro")[0] == 0
+
+
 def test_artifact_and_no_decoding(tmp_path: Path, call: Call) -> None:
     folder = write_tiny(tmp_path / "tiny")
     code, out, _ = call(str(folder), "--context", "200", "--decode", "0", "--kv", "int4", "--json")

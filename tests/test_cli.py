@@ -114,6 +114,17 @@ def test_inspect_reports_rope_memory_and_faults(copy: Path, call) -> None:
     assert "fault: YaRN" in out
 
 
+def test_inspect_of_widths_that_int4_cannot_hold(tmp_path: Path, call) -> None:
+    folder = write_tiny(
+        tmp_path / "odd", hidden_size=48, intermediate_size=100, num_attention_heads=3, num_key_value_heads=1
+    )
+    code, out, _ = call("inspect", str(folder), "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert set(report["plans"]) == set(report["longest_context"]) == {"16-bit", "pro"}
+    assert "there is no flash variant" in " ".join(report["faults"])
+
+
 def test_generate_streams_an_answer(tiny: Path, tmp_path: Path, call) -> None:
     prompt = tmp_path / "p.txt"
     prompt.write_text("a long text about towers")
