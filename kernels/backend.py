@@ -24,6 +24,11 @@ except ImportError:
     tl = None
     TensorDescriptor = None
 
+try:
+    from triton.experimental.gluon.language.nvidia import hopper as gluon
+except ImportError:
+    gluon = None
+
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -61,6 +66,11 @@ def use_triton(tensor: torch.Tensor) -> bool:
             raise RuntimeError("Triton was forced but needs a CUDA tensor, or TRITON_INTERPRET=1 set before import")
         return True
     return _forced is None and triton is not None and tensor.is_cuda
+
+
+def use_hopper(tensor: torch.Tensor) -> bool:
+    """Whether a kernel that would run as Triton runs in the form written for Hopper in Gluon, where it has one."""
+    return gluon is not None and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
 
 
 def dot_dtype(tensor: torch.Tensor) -> Any:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lcconvert.kernels.backend import LOG2E, descriptor, dot_dtype, jit, tl, use_triton
+from lcconvert.kernels.backend import LOG2E, descriptor, dot_dtype, jit, tl, use_hopper, use_triton
 
 BLOCK = 128  # queries in a tile, keys in a block
 
@@ -60,6 +60,12 @@ def block_sparse_attention(
     assert blocks.index.dtype == blocks.count.dtype == torch.int32
     scale = d**-0.5 if scale is None else scale
     if use_triton(q) and dot_dtype(q) is not None and d in (16, 32, 64, 128):
+        assert blocks.index.is_contiguous()
+        assert blocks.count.is_contiguous()
+        if use_hopper(q) and d >= 32:
+            from lcconvert.kernels.sparse_prefill_hopper import attend_blocks
+
+            return attend_blocks(q, k, v, blocks.index, blocks.count, block=BLOCK, scale=scale)
         return _block_sparse_attention_triton(q, k, v, blocks, q_offset, scale)
     return block_sparse_attention_torch(q, k, v, blocks, q_offset, scale)
 
@@ -118,11 +124,12 @@ def _blocked(x: torch.Tensor, blocks: int) -> torch.Tensor:
 @jit("tiles", "width", "first_block")
 def _prefill_kernel(
     q_desc, k_desc, v_desc, o_desc, index, count, tiles, width, first_block, scale_log2,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    # Longest rows first; a KV head's query heads are neighbours, so that they find its blocks in the L2 cache.
-    head = tl.program_id(0) % HEADS
-    tile = tiles - 1 - tl.program_id(0) // HEADS
+    # One KV head after the other, so that its blocks are found in the L2 cache; in it the longest rows first.
+    rest = tl.program_id(0) % (tiles * GROUP)
+    head = tl.program_id(0) // (tiles * GROUP) * GROUP + rest % GROUP
+    tile = tiles - 1 - rest // GROUP
     row = head.to(tl.int64) * tiles + tile
     listed = index + row * width
     kv_column = (head // GROUP) * D
@@ -139,8 +146,10 @@ def _prefill_kernel(
     total = tl.sum(p, 1)
     v = v_desc.load([start, kv_column]).to(DOT)
     acc = tl.dot(p.to(DOT), v, input_precision="ieee")
+    block = tl.load(listed)
     for i in range(tl.load(count + row) - 1):
-        start = tl.load(listed + i) * BLOCK
+        start = block * BLOCK
+        block = tl.load(listed + i + 1)  # one ahead
         k = k_desc.load([start, kv_column]).to(DOT)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         new_best = tl.maximum(best, tl.max(scores, 1) * scale_log2)
@@ -159,12 +168,10 @@ def _block_sparse_attention_triton(
 ) -> torch.Tensor:
     queries, heads, d = q.shape
     tiles = blocks.count.shape[1]
-    assert blocks.index.is_contiguous()
-    assert blocks.count.is_contiguous()
     out = torch.empty((queries, heads, d), dtype=q.dtype, device=q.device)
     _prefill_kernel[(tiles * heads,)](
         *(descriptor(x, [BLOCK, d]) for x in (q, k, v, out)),
         blocks.index, blocks.count, tiles, blocks.index.shape[2], q_offset // BLOCK, scale * LOG2E,
-        HEADS=heads, GROUP=heads // k.shape[1], D=d, BLOCK=BLOCK, DOT=dot_dtype(q), num_warps=8, num_stages=2,
+        GROUP=heads // k.shape[1], D=d, BLOCK=BLOCK, DOT=dot_dtype(q), num_warps=8, num_stages=2,
     )  # fmt: skip
     return out

@@ -7,6 +7,8 @@ import triton.language as tl
 from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from lcconvert.kernels import (
     fp8,
@@ -19,16 +21,17 @@ from lcconvert.kernels import (
     select_pages,
     silu_mul,
     sparse_prefill,
+    sparse_prefill_hopper,
 )
 
 TILE = "tensordesc<bf16[128,64]>"
 
 
-def check(kernel, pointers, constants, **options):
+def check(kernel, pointers, constants, source=ASTSource, **options):
     """`pointers` name the arguments that are not 32-bit integers; `constants` are the compile-time ones."""
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    source = source(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared)
     assert compiled.metadata.shared <= 227 * 1024, "more shared memory than a processor has"
@@ -75,6 +78,10 @@ def check_int4():
     )
 
 
+def layout(rows, d):
+    return gl.NVMMASharedLayout.get_default_for([rows, d], gl.bfloat16)
+
+
 def main():
     check_decode("int4", "int4")
     check_decode("fp8", "plain")
@@ -99,8 +106,16 @@ def main():
         sparse_prefill._prefill_kernel,
         {"q_desc": TILE, "k_desc": TILE, "v_desc": TILE, "o_desc": TILE, "index": "*i32", "count": "*i32",
          "scale_log2": "fp32"},
-        {"HEADS": 32, "GROUP": 4, "D": 64, "BLOCK": 128, "DOT": tl.bfloat16}, num_warps=8, num_stages=2,
+        {"GROUP": 4, "D": 64, "BLOCK": 128, "DOT": tl.bfloat16}, num_warps=8, num_stages=2,
     )  # fmt: skip
+    for d in (32, 64, 128):
+        half, whole = (f"tensordesc<bf16[{rows},{d}],{layout(rows, d)!r}>" for rows in (64, 128))
+        check(
+            sparse_prefill_hopper._hopper_prefill_kernel,
+            {"q_desc": half, "k_desc": whole, "v_desc": whole, "o_desc": half, "index": "*i32", "count": "*i32",
+             "scale_log2": "fp32"},
+            {"GROUP": 4, "D": d, "BLOCK": 128, "STAGES": 2}, source=GluonASTSource, num_warps=4, maxnreg=168,
+        )  # fmt: skip
     check(
         select_blocks._score_kernel,
         {"q": "*bf16", "pooled_desc": TILE, "scores": "*fp32", "scale": "fp32"},

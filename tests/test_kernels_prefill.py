@@ -54,7 +54,7 @@ def test_all_blocks_are_dense_attention(device, queries, q_offset, spare):
     close(block_sparse_attention_torch(q, k, v, lists, q_offset, 16**-0.5), want, TOLERANCE[q.dtype])
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 16), (3, 3, 64), (4, 1, 128)])
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 16), (4, 2, 32), (3, 3, 64), (7, 1, 128)])
 def test_listed_blocks_and_no_others(device, heads, kv_heads, d):
     queries, q_offset = 200, 384
     q, k, v = inputs(device, queries, q_offset, heads, kv_heads, d)
@@ -64,9 +64,9 @@ def test_listed_blocks_and_no_others(device, heads, kv_heads, d):
     close(block_sparse_attention_torch(q, k, v, lists, q_offset, d**-0.5), want, TOLERANCE[q.dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_inputs(device, dtype):
-    q, k, v = inputs(device, 140, 128, d=32, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float16, 128), (torch.bfloat16, 32), (torch.bfloat16, 128)])
+def test_16_bit_inputs(device, dtype, d):
+    q, k, v = inputs(device, 140, 128, d=d, dtype=dtype)
     got = block_sparse_attention(q, k, v, BlockLists.dense(4, 140, 128, device), 128)
     assert got.dtype == dtype
     close(got, dense_attention(q, k, v, 128), TOLERANCE[dtype])
@@ -88,17 +88,24 @@ def test_chunks_of_a_prompt_join_to_the_whole(device):
     close(torch.cat(parts), whole, TOLERANCE[q.dtype])
 
 
-def test_rows_beyond_31_bits_of_offset(device, vast):
+def test_the_same_twice(device):
+    q, k, v = inputs(device, 200, 384, d=64)
+    lists = random_lists(device, 4, 200, 384, seed=1)
+    assert torch.equal(block_sparse_attention(q, k, v, lists, 384), block_sparse_attention(q, k, v, lists, 384))
+
+
+@pytest.mark.parametrize("d", [16, 64])
+def test_rows_beyond_31_bits_of_offset(device, vast, d):
     """Queries, keys and values whose rows lie 2^23 elements apart: the last starts past 2^31."""
-    q, k, v = inputs(device, 257, 0, heads=1, kv_heads=1, dtype=torch.float16)
+    q, k, v = inputs(device, 257, 0, heads=1, kv_heads=1, d=d, dtype=torch.float16)
     room = vast(torch.float16)
-    far = room.as_strided((257, 1, 16), (2**23, 16, 1))
+    far = room.as_strided((257, 1, d), (2**23, d, 1))
     assert 256 * far.stride(0) == 2**31
     lists = BlockLists.dense(1, 257, 0, device)
     want = dense_attention(q, k, v, 0)
     far.copy_(q)
     close(block_sparse_attention(far, k, v, lists, 0), want, TOLERANCE[q.dtype])
     far.copy_(k)
-    far_v = room[64:].as_strided((257, 1, 16), (2**23, 16, 1))
+    far_v = room[64:].as_strided((257, 1, d), (2**23, d, 1))
     far_v.copy_(v)
     close(block_sparse_attention(q, far, far_v, lists, 0), want, TOLERANCE[q.dtype])
