@@ -78,8 +78,11 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             near[part] = torch.lerp(near[part].float(), far[part].float(), share[part]).to(q.dtype)
         return near
     bias = None if not earlier or len(q) == 1 else causal_lower_right(len(q), len(k))
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        query,
+        key,
+        value,
         attn_mask=bias,
         is_causal=not earlier and len(q) > 1,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -89,7 +92,6 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [T, Hq, D], natural-log sum of exponentials float32 [T, Hq, 1]) by cuDNN."""
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)), None, True, 0.0, causal, False
-    )
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, causal, False)
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
