@@ -116,11 +116,17 @@ def main():
              "scale_log2": "fp32"},
             {"GROUP": 4, "D": d, "BLOCK": 128, "STAGES": 2}, source=GluonASTSource, num_warps=4, maxnreg=168,
         )  # fmt: skip
-    check(
-        select_blocks._score_kernel,
-        {"q": "*bf16", "pooled_desc": TILE, "scores": "*fp32", "scale": "fp32"},
-        {"HEADS": 32, "GROUP": 4, "D": 64, "BLOCK": 128, "PER": 4, "DOT": tl.bfloat16}, num_warps=8, num_stages=3,
-    )  # fmt: skip
+    rounding = {"D": 64, "BLOCK": 128, "LARGEST": 16.0, "TINY": 1e-30}
+    codes = "tensordesc<fp8e4nv[128,64]>"
+    check(select_blocks._round_e4m3_kernel, {"x_desc": TILE, "codes_desc": codes, "units": "*fp32"}, rounding)
+    for eight in (True, False):
+        check(
+            select_blocks._score_kernel,
+            {"q": "*bf16", "q_desc": TILE, "pooled_desc": codes if eight else TILE, "units": "*fp32",
+             "scores": "*fp32", "scale": "fp32"},
+            {"HEADS": 32, "GROUP": 4, "PER": 4, "KEYS": 128, "DOT": tl.bfloat16, "EIGHT": eight, **rounding},
+            num_warps=8, num_stages=3,
+        )  # fmt: skip
     check(
         select_blocks._list_kernel,
         {"scores": "*fp32", "log_alpha": "*fp32", "index": "*i32", "count": "*i32"},

@@ -5,7 +5,7 @@ import torch
 from kernel_tools import run_on, storage  # noqa: F401
 
 from lcconvert.kernels import backend, select_blocks
-from lcconvert.kernels.select_blocks import pool_keys
+from lcconvert.kernels.select_blocks import pool_keys, round_e4m3
 from lcconvert.kernels.sparse_prefill import BLOCK, BlockLists
 
 RULES = {"sink_blocks": 1, "local_blocks": 2, "dense_from": 10**9, "min_blocks": 0, "max_blocks": None}
@@ -119,6 +119,45 @@ def test_pooled_keys_are_centred_means_of_full_runs(pool):
     pooled = pool_keys(k, pool)
     assert pooled.shape == (5, 2, 16)
     assert torch.allclose(pooled[3], k[3 * pool : 4 * pool].mean(0) - k[: 5 * pool].mean(0), atol=1e-6)
+
+
+def rounded(x):
+    codes, unit = select_blocks._round_e4m3_triton(x)
+    assert codes.float().abs().max() <= 16
+    return (codes.float() * unit.repeat_interleave(BLOCK, 0)[: len(x), :, None]).to(x)
+
+
+@pytest.mark.parametrize(("queries", "q_offset", "pool"), [(300, 5120, 32), (200, 1280, 64)])
+def test_8_bit_scores_choose_the_best_blocks(device, monkeypatch, queries, q_offset, pool):
+    """Up to the rounding of float16 sums, the blocks kept score best when both sides are rounded to e4m3."""
+    if device == "cpu":
+        monkeypatch.setattr(select_blocks, "_has_e4m3", lambda q: True)
+    q, k = (x * size for x, size in zip(inputs(device, queries, q_offset, d=32), (3, 0.01), strict=True))
+    rules = {"sink_blocks": 0, "local_blocks": 1, "max_blocks": 6, "pool": pool}
+    chosen = select(q, k, q_offset, alpha=0.0, **rules)
+    keys = rounded(pool_keys(k, pool)).float().repeat_interleave(2, 1)
+    logits = torch.einsum("thd,shd->hts", rounded(q).float(), keys) / 32**0.5
+    for head, tiles in enumerate(chosen):
+        for tile, blocks in enumerate(tiles):
+            before = q_offset // BLOCK + tile
+            rows = logits[head, tile * BLOCK : (tile + 1) * BLOCK, : before * BLOCK // pool]
+            scores = rows.amax(0).view(before, -1).amax(1)
+            kept = torch.zeros(before, dtype=torch.bool, device=device)
+            kept[blocks[:-1]] = True
+            assert len(blocks) == 6
+            assert scores[kept].min() >= scores[~kept].max() - 2e-3 * scores.max()
+
+
+@pytest.mark.parametrize("rows", [256, 130])
+def test_rounding_to_8_bits_is_the_references(device, rows):
+    x = torch.randn(rows, 3, 32, generator=torch.manual_seed(rows)) * torch.tensor([1e-3, 1.0, 300.0])[:, None]
+    x = x.to(device, torch.float32 if device == "cpu" else torch.float16)
+    want, unit = round_e4m3(x)
+    got, got_unit = select_blocks._round_e4m3_triton(x)
+    assert torch.equal(got_unit, unit)
+    # One step apart at most where the interpreter rounds, which does not do so to nearest.
+    step = (want.float().abs() / 8).clamp_min(2**-9) if device == "cpu" else 0
+    assert ((got.float() - want.float()).abs() <= step).all()
 
 
 def test_queries_beyond_31_bits_of_offset(device, vast):
