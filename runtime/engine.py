@@ -73,6 +73,8 @@ class Engine:
             [attention.alpha_of(layer, self.spec.num_heads) for layer in range(self.spec.num_layers)],
             device=self.device,
         )  # [layers, Hq]
+        if offload:  # locking gigabytes of host memory takes seconds; PyTorch keeps the block for the prefills
+            torch.empty(max_context, self.spec.hidden_size, dtype=self.dtype, pin_memory=True)
         self._decode = DecodeStep(model, self._layers, pool, attention)
 
     @classmethod

@@ -230,15 +230,14 @@ def _widest_moment(
         listed = 4 * spec.num_heads * -(-rows // PAGE) * blocks
         tiles = min(-(-rows // PAGE), max(1, 2**25 // (spec.num_heads * blocks)))  # scored at once by `select_blocks`
         selecting = 4 * spec.num_heads * tiles * blocks
-    inner = min(rows, MLP_ROWS) * spec.intermediate_size
+    inner, block = min(rows, MLP_ROWS) * spec.intermediate_size, min(rows, MLP_ROWS) * spec.hidden_size
+    taken = rows * spec.q_size * narrow if narrow < element else 0
     moments = (
         rows * spec.hidden_size * narrow + queries,
         queries + listed + selecting,
         2 * queries + listed,
-        queries * 2 + rows * spec.q_size * (narrow if narrow < element else 0),
-        queries + rows * spec.q_size * (narrow if narrow < element else 0) + states,
-        states + min(rows, MLP_ROWS) * spec.hidden_size * narrow + 2 * inner * element + inner * narrow,
-        states + 2 * inner * element + inner * narrow + min(rows, MLP_ROWS) * spec.hidden_size * element,
+        2 * queries + taken + states,
+        states + block * narrow + 2 * inner * element + inner * narrow,
     )
     return max(pooled + max(moments), _storing(spec, element, context, scheme))
 

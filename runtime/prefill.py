@@ -161,6 +161,7 @@ class _LayerPass:
         normed = product.normed(x, layer.input_norm)
         with part(self.timer, "gemm"):
             q = product(normed).unflatten(1, (spec.num_heads, spec.head_dim))
+        del normed
         rotary(q, self.cos[begin:end], self.sin[begin:end], norm=layer.q_norm, out=q)
         first, last = self.start + begin, self.start + end
         attended = prefill_attention(
@@ -173,14 +174,18 @@ class _LayerPass:
         del q, attended, taken
         for row in range(0, end - begin, MLP_ROWS):
             rows = slice(row, row + MLP_ROWS)
-            some = x[rows]
-            normed = products.gate_up.normed(some, layer.mlp_norm, delta[rows])
-            with part(self.timer, "gemm"):
-                gate_up = products.gate_up(normed)
-            gated = products.down.gated(gate_up)
-            with part(self.timer, "gemm"):
-                out = products.down(gated)
-            some += out
+            self._mlp(products, layer, x[rows], delta[rows])
+
+    def _mlp(self, products: Products, layer: LayerWeights, x: torch.Tensor, delta: torch.Tensor) -> None:
+        """x += delta, then x += MLP(norm(x)), in place. A function, so that no row block outlives its turn."""
+        normed = products.gate_up.normed(x, layer.mlp_norm, delta)
+        with part(self.timer, "gemm"):
+            gate_up = products.gate_up(normed)
+        gated = products.down.gated(gate_up)
+        del normed, gate_up
+        with part(self.timer, "gemm"):
+            out = products.down(gated)
+        x += out
 
 
 def _tables(model: Decoder, start: int, total: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -112,3 +112,5 @@ def test_hidden_states_in_host_memory_change_nothing(folder: Path) -> None:
         a, b = near.new_sequence(), far.new_sequence()
         assert torch.equal(near.prefill(a, IDS[begin:end]), far.prefill(b, IDS[begin:end]))
         assert torch.equal(near.decode(a, 9), far.decode(b, 9))
+        near.free(a)
+        far.free(b)
