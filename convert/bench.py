@@ -128,8 +128,8 @@ def bench(config: BenchConfig, out: Path | None = None) -> Report:
     shape = read_shape(config.shape) if config.shape else None
     if shape is not None:
         ModelSpec.from_config(shape)  # refuses what this decoder does not compute
+    limits = measure_ceilings(device)
     with _gpu_share(device, config.gpu_memory):
-        limits = measure_ceilings(device)
         run = _measure(config, _target(config, shape, device), limits, out)
         _free(device)
         try:

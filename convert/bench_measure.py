@@ -176,7 +176,8 @@ def _part(name: str, spent: float, work: Work, limits: Ceilings | None, fp8: boo
     amount, unit = (work.flops, "TFLOP/s") if computes else (work.bytes, "TB/s")
     ceiling = None
     if limits is not None:
-        products = limits.fp8_tflops if fp8 and name == "gemm" else limits.bf16_tflops
+        narrow = name == "selection" or (fp8 and name == "gemm")  # the selector's scores need no more than e4m3
+        products = (limits.fp8_tflops if narrow else None) or limits.bf16_tflops
         ceiling = products if computes else limits.copy_tb
     return Part(
         name,

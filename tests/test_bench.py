@@ -254,6 +254,39 @@ def test_flash_shape_end_to_end(shape: str, tmp_path: Path, call: Call) -> None:
     assert call(*args)[0] == 2  # the file is not overwritten
 
 
+@pytest.mark.gpu
+def test_a_gpu_reports_floors_ceilings_and_predictions(tmp_path: Path, call: Call) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["smollm2-135m"] | {"num_hidden_layers": 3}))
+    args = ["--shape", str(tmp_path), "--random-weights", "--context", "8k", "--context", "64k", "--decode", "4"]
+    args += [
+        "--policy",
+        "hybrid-decode",
+        "--gpu-memory",
+        "8G",
+        "--compare",
+        "sdpa",
+        "--compare-context",
+        "8k",
+        "--json",
+    ]
+    code, out, err = call(*args)
+    assert code == 0, err
+    document = json.loads(out)
+    _check_document(document)
+    assert document["ceilings"]["copy_tb"] > 0.1
+    assert document["warm_up"]["longest_layer_seconds"] > 0
+    short, long = document["prefill"]
+    assert long["density"] < short["density"] < 1
+    assert 0 < long["floor_seconds"] < long["seconds"]
+    assert short["predicted_gpu"] is None
+    assert 0.8 < long["predicted_gpu"] / long["memory"]["gpu"] < 1.2  # 5% is for models that fill a card
+    for row in document["decode"]:
+        assert 0 < row["floor_seconds"] < row["seconds_per_token"]
+    assert document["compare"][0]["computed_longest_seconds"] > 0
+    code, out, err = call(*args, "--gpu-memory", "100M")
+    assert (code, out, "largest context that fits" in err) == (2, "", True)
+
+
 def test_pro_shape_prints_json(shape: str, call: Call) -> None:
     args = ["--shape", shape, "--random-weights", "--variant", "pro", "--context", "300", "--decode", "2", "--json"]
     code, out, _ = call(*args, "--device", "cpu")
