@@ -85,12 +85,13 @@ class _Run:
     out: Path | None
     ceilings: Ceilings | None
     model: Model
-    warm_up: WarmUp
+    warm_up: WarmUp | None = None
     prefill: list[Prefill] = field(default_factory=list)
     decode: list[Decode] = field(default_factory=list)
     compare: list[Compared] = field(default_factory=list)
 
     def report(self) -> Report:
+        assert self.warm_up is not None
         return Report(
             lcconvert=_version("lcconvert") or "unknown",
             date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -233,9 +234,10 @@ def _measure(config: BenchConfig, target: Target, limits: Ceilings | None, out: 
     """The model itself, every context; the model is gone when this returns."""
     engine = target.engine
     ways = ways_to_decode(engine) if config.decode else []
-    warm = warm_up(engine, [step for _, step in ways], config.contexts[-1])
-    run = _Run(config, engine.device, out, limits, _describe(target), warm)
+    run = _Run(config, engine.device, out, limits, _describe(target))
+    context = config.contexts[-1]
     try:
+        run.warm_up = warm_up(engine, [step for _, step in ways], context)
         for context in config.contexts:
             seq = engine.new_sequence()
             plan = target.plan if context == config.contexts[-1] else None
