@@ -17,6 +17,7 @@ import torch
 from lcconvert.kernels.backend import dot_dtype, jit, tl, triton, use_triton
 
 E4M3_MAX = 448.0
+SMALLEST_SCALE = 2.0**-100  # rows below are zeros to anything they meet, and 1 / scale stays finite
 FEW_ROWS = 16  # up to here a product is bound by reading the weight
 MAX_ROW = 32768  # values one program holds to find the largest of a row
 
@@ -31,7 +32,11 @@ def expand_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_fp8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] -> (e4m3 [M, K], scale fp32 [M, 1]) with x ~= e4m3 * scale; scale = absmax / 448, 1 for a zero row."""
+    """x [M, K] -> (e4m3 [M, K], scale fp32 [M, 1]) with x ~= e4m3 * scale; scale = absmax / 448, 1 for a zero row.
+
+    Values are multiplied by 1 / scale, which is up to twice as fast as dividing them and can differ from it only where
+    a quotient lies on the border between two codes.
+    """
     assert x.ndim == 2
     assert x.is_floating_point()
     if use_triton(x) and x.stride(1) == 1 and x.shape[1] <= MAX_ROW:
@@ -39,27 +44,28 @@ def quantize_fp8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = x.float()
     largest = torch.full((), E4M3_MAX, device=x.device)  # CUDA divides by a Python number as a product, rounded twice
     scale = values.abs().amax(dim=1, keepdim=True) / largest
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (values / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+    scale = torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
+    return (values * scale.reciprocal()).to(torch.float8_e4m3fn), scale
 
 
 @jit()
-def round_row(values, LARGEST: tl.constexpr):
+def round_row(values, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
     # A row of float32 -> (e4m3 codes, their scale), exactly as the reference does it.
     step = tl.div_rn(tl.max(tl.abs(values), 0), LARGEST)
-    step = tl.where(step > 0, step, 1.0)
-    quotient = tl.minimum(tl.maximum(tl.div_rn(values, step), -LARGEST), LARGEST)
-    return quotient.to(tl.float8e4nv), step
+    step = tl.where(step > SMALLEST, step, 1.0)
+    return (values * tl.div_rn(1.0, step)).to(tl.float8e4nv), step
 
 
 @jit()
-def _quantize_rows_kernel(x, codes, scale, row_stride, k, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
+def _quantize_rows_kernel(
+    x, codes, scale, row_stride, k, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr
+):
     # One pass over the row; as separate operations this would cost prefill more than fp8 products save.
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < k
     values = tl.load(x + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-    rounded, step = round_row(values, LARGEST)
+    rounded, step = round_row(values, LARGEST, SMALLEST)
     tl.store(codes + row * k + column, rounded, mask=inside)
     tl.store(scale + row, step)
 
@@ -70,7 +76,15 @@ def _quantize_fp8_rows_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(k)
     _quantize_rows_kernel[(rows,)](
-        x, codes, scale, x.stride(0), k, BLOCK=block, LARGEST=E4M3_MAX, num_warps=4 if block <= 4096 else 8
+        x,
+        codes,
+        scale,
+        x.stride(0),
+        k,
+        BLOCK=block,
+        LARGEST=E4M3_MAX,
+        SMALLEST=SMALLEST_SCALE,
+        num_warps=min(32, max(4, block // 1024)),
     )
     return codes, scale
 
@@ -155,27 +169,41 @@ def fp8_few_rows(
 @jit("m")
 def _few_rows_kernel(
     x, weight, weight_scale, bias, out, m, n, k, x_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ONE: tl.constexpr,
+    EVEN: tl.constexpr, DOT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    # The weight is the left operand, so that its rows fill the tensor core; the rows of x are columns.
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    # A tensor-core product for each of PIECES pieces of a row, so that the warps share a program's rows by their length
+    # and nothing is added up between programs. The weight is the left operand: its rows fill the tensor core, which it
+    # reaches as bytes; the rows of x are columns.
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     real = row < n
+    column = tl.arange(0, COLUMNS)
     used = column < m
-    w_row = weight + row.to(tl.int64)[:, None] * k
-    x_column = x + column.to(tl.int64)[None, :] * x_stride
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, k, BLOCK):
-        channel = start + tl.arange(0, BLOCK)
+    within = tl.arange(0, PIECES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [PIECES, WIDTH]
+    codes_at = weight + row[None, :, None] * k + within[:, None, :]
+    acc = tl.zeros([PIECES, ROWS, COLUMNS], tl.float32)
+    for start in range(0, k, PIECES * WIDTH):
+        channel = start + within
         inside = channel < k
-        codes = tl.load(w_row + channel[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-        values = tl.load(x_column + channel[:, None], mask=inside[:, None] & used[None, :], other=0.0)
-        acc = tl.dot(codes.to(DOT), values.to(DOT), acc, input_precision="ieee")
-    acc *= tl.load(weight_scale + row, mask=real, other=0.0)[:, None]
+        if EVEN:
+            codes = tl.load(codes_at + start)
+        else:
+            codes = tl.load(codes_at + start, mask=real[None, :, None] & inside[:, None, :], other=0.0)
+        if ONE:
+            values = tl.load(x + channel, mask=inside, other=0.0).to(DOT)
+            values = tl.broadcast_to(values[:, :, None], [PIECES, WIDTH, COLUMNS])
+        else:
+            values = tl.load(
+                x + column.to(tl.int64)[None, :, None] * x_stride + channel[:, None, :],
+                mask=used[None, :, None] & inside[:, None, :], other=0.0,
+            )  # fmt: skip
+            values = tl.permute(values.to(DOT), [0, 2, 1])
+        acc = tl.dot(codes.to(DOT), values, acc, input_precision="ieee")
+    result = tl.sum(acc, 0) * tl.load(weight_scale + row, mask=real, other=0.0)[:, None]
     if BIAS:
-        acc += tl.load(bias + row, mask=real, other=0.0).to(tl.float32)[:, None]
-    target = out + column.to(tl.int64)[None, :] * n + row[:, None]
-    tl.store(target, acc.to(out.dtype.element_ty), mask=real[:, None] & used[None, :])
+        result += tl.load(bias + row, mask=real, other=0.0).to(tl.float32)[:, None]
+    at = out + column.to(tl.int64)[None, :] * n + row[:, None]
+    tl.store(at, result.to(out.dtype.element_ty), mask=real[:, None] & used[None, :])
 
 
 def _few_rows_triton(
@@ -183,9 +211,11 @@ def _few_rows_triton(
 ) -> torch.Tensor:
     (m, k), n = x.shape, weight.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    _few_rows_kernel[(triton.cdiv(n, 16),)](
+    rows, pieces, width = 16, 4, 128
+    _few_rows_kernel[(triton.cdiv(n, rows),)](
         x, weight, weight_scale, bias, out, m, n, k, x.stride(0),
-        ROWS=16, COLUMNS=max(8, triton.next_power_of_2(m)), BLOCK=512, DOT=dot_dtype(x), BIAS=bias is not None,
-        num_warps=1, num_stages=5,
+        ROWS=rows, PIECES=pieces, WIDTH=width, COLUMNS=8 if m <= 8 else 16, ONE=m == 1,
+        EVEN=n % rows == 0 and k % (pieces * width) == 0, DOT=dot_dtype(x), BIAS=bias is not None,
+        num_warps=4, num_stages=4,
     )  # fmt: skip
     return out

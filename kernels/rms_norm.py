@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lcconvert.kernels.backend import jit, tl, triton, use_triton
-from lcconvert.kernels.fp8 import E4M3_MAX, MAX_ROW, quantize_fp8_rows, round_row
+from lcconvert.kernels.fp8 import E4M3_MAX, MAX_ROW, SMALLEST_SCALE, quantize_fp8_rows, round_row
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, delta: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,7 +52,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | None) ->
 @jit()
 def _rms_norm_kernel(
     x, delta, weight, out, scale, x_stride, delta_stride, h, eps,
-    ADD: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+    ADD: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -68,7 +68,7 @@ def _rms_norm_kernel(
     by_channel = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     normed = (values * factor * by_channel).to(x.dtype.element_ty)
     if FP8:
-        codes, step = round_row(normed.to(tl.float32), LARGEST)
+        codes, step = round_row(normed.to(tl.float32), LARGEST, SMALLEST)
         tl.store(out + row * h + column, codes, mask=inside)
         tl.store(scale + row, step)
     else:
@@ -83,10 +83,10 @@ def _rms_norm_triton(
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(h)
     # A few rows leave the device idle: their time is the longest chain of one thread, so they get more threads.
-    per_thread = 8 if rows <= 64 else 32
+    per_thread = 8 if rows <= 64 else 16
     _rms_norm_kernel[(rows,)](
         x, delta, weight, out, scale, x.stride(0), 0 if delta is None else delta.stride(0), h, eps,
-        ADD=delta is not None, FP8=fp8, BLOCK=block, LARGEST=E4M3_MAX,
+        ADD=delta is not None, FP8=fp8, BLOCK=block, LARGEST=E4M3_MAX, SMALLEST=SMALLEST_SCALE,
         num_warps=min(16, max(1, block // (32 * per_thread))),
     )  # fmt: skip
     return out, scale

@@ -173,7 +173,7 @@ def _rotary_triton(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: HeadNorm | None, out: torch.Tensor
 ) -> None:
     tokens, heads, d = x.shape
-    block = min(triton.next_power_of_2(heads), 2048 // d if tokens > 64 else 2)
+    block = min(triton.next_power_of_2(heads), 4096 // d if tokens > 64 else 2)
     weight, eps = (None, 0.0) if norm is None else norm
     _rotary_kernel[(tokens, triton.cdiv(heads, block))](
         x, cos, sin, weight, out, x.stride(0), x.stride(1), out.stride(0), out.stride(1), heads, eps,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lcconvert.kernels.backend import jit, tl, triton, use_triton
-from lcconvert.kernels.fp8 import E4M3_MAX, MAX_ROW, quantize_fp8_rows, round_row
+from lcconvert.kernels.fp8 import E4M3_MAX, MAX_ROW, SMALLEST_SCALE, quantize_fp8_rows, round_row
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -57,11 +57,13 @@ def _silu_mul_kernel(gate_up, out, row_stride, width, BLOCK: tl.constexpr):
 
 
 @jit()
-def _silu_mul_fp8_kernel(gate_up, codes, scale, row_stride, width, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
+def _silu_mul_fp8_kernel(
+    gate_up, codes, scale, row_stride, width, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    rounded, step = round_row(_gated(gate_up + row * row_stride, column, inside, width), LARGEST)
+    rounded, step = round_row(_gated(gate_up + row * row_stride, column, inside, width), LARGEST, SMALLEST)
     tl.store(codes + row * width + column, rounded, mask=inside)
     tl.store(scale + row, step)
 
@@ -69,9 +71,9 @@ def _silu_mul_fp8_kernel(gate_up, codes, scale, row_stride, width, BLOCK: tl.con
 def _silu_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
-    block, warps = (512, 2) if rows <= 64 else (2048, 4)  # many small programs where there are few rows
+    block = 1024  # small, so that even one row keeps many processors busy
     _silu_mul_kernel[(rows, triton.cdiv(width, block))](
-        gate_up, out, gate_up.stride(0), width, BLOCK=block, num_warps=warps
+        gate_up, out, gate_up.stride(0), width, BLOCK=block, num_warps=4
     )
     return out
 
@@ -83,6 +85,6 @@ def _silu_mul_fp8_triton(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     block = triton.next_power_of_2(width)
     _silu_mul_fp8_kernel[(rows,)](
         gate_up, codes, scale, gate_up.stride(0), width,
-        BLOCK=block, LARGEST=E4M3_MAX, num_warps=min(16, max(1, block // 1024)),
+        BLOCK=block, LARGEST=E4M3_MAX, SMALLEST=SMALLEST_SCALE, num_warps=min(32, max(1, block // 1024)),
     )  # fmt: skip
     return codes, scale

@@ -136,20 +136,21 @@ def main():
     check(
         fp8._quantize_rows_kernel,
         {"x": "*bf16", "codes": "*fp8e4nv", "scale": "*fp32"},
-        {"BLOCK": 512, "LARGEST": 448.0},
+        {"BLOCK": 512, "LARGEST": 448.0, "SMALLEST": 2.0**-100},
     )
     check(
         fp8._few_rows_kernel,
         {"x": "*bf16", "weight": "*fp8e4nv", "weight_scale": "*fp32", "bias": "*bf16", "out": "*bf16"},
-        {"ROWS": 16, "COLUMNS": 8, "BLOCK": 256, "DOT": tl.bfloat16, "BIAS": True}, num_warps=1, num_stages=5,
+        {"ROWS": 16, "PIECES": 4, "WIDTH": 128, "COLUMNS": 8, "ONE": False, "EVEN": True, "DOT": tl.bfloat16,
+         "BIAS": True}, num_warps=4, num_stages=4,
     )  # fmt: skip
     row = {"x": "*bf16", "delta": "*bf16", "weight": "*bf16", "out": "*fp8e4nv", "scale": "*fp32", "eps": "fp32"}
-    check(rms_norm._rms_norm_kernel, row, {"ADD": True, "FP8": True, "BLOCK": 512, "LARGEST": 448.0})
+    check(rms_norm._rms_norm_kernel, row, {"ADD": True, "FP8": True, "BLOCK": 512, "LARGEST": 448.0, "SMALLEST": 2.0**-100})
     check(silu_mul._silu_mul_kernel, {"gate_up": "*bf16", "out": "*bf16"}, {"BLOCK": 512})
     check(
         silu_mul._silu_mul_fp8_kernel,
         {"gate_up": "*bf16", "codes": "*fp8e4nv", "scale": "*fp32"},
-        {"BLOCK": 512, "LARGEST": 448.0},
+        {"BLOCK": 512, "LARGEST": 448.0, "SMALLEST": 2.0**-100},
     )
     tables = {"cos": "*fp32", "sin": "*fp32"}
     check(
