@@ -161,40 +161,60 @@ def _weighted(p: torch.Tensor, v: PageTensors, index: torch.Tensor, valid: torch
     return out
 
 
-# One 32-bit register holds four code bytes b3 b2 b1 b0, each two nibbles. 0x4300 | n is the bfloat16 128 + n, so
-# masking the nibbles of two bytes into that pattern and subtracting 136 makes two exact values n - 8 per instruction.
-_CENTRED_PAIRS = """
+# Codes are read as 16-bit units of two bytes, four nibbles: channels 2j, 2j + D/2, 2j+1 and 2j+1 + D/2. A nibble under
+# the exponent of a suitable power of two is already that power plus its value, so a mask and an or make two of them,
+# exactly, and what they are too large by is a sum of the other operand. A float16 has room for a nibble in place or
+# four bits up; a bfloat16 only in place, but it has the range that probabilities need.
+_KEY_QUARTERS = """
 {
-    .reg .b32 a, b, one, shift;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 shift, 0xC308C308;
-    prmt.b32 a, $4, 0, 0x4140;
-    prmt.b32 b, $4, 0, 0x4342;
-    lop3.b32 $0, a, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $1, b, 0x000F000F, 0x43004300, 0xEA;
-    shr.b32 a, a, 4;
-    shr.b32 b, b, 4;
-    lop3.b32 $2, a, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $3, b, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $0, $0, one, shift;
-    fma.rn.bf16x2 $1, $1, one, shift;
-    fma.rn.bf16x2 $2, $2, one, shift;
-    fma.rn.bf16x2 $3, $3, one, shift;
+    .reg .b32 next;
+    lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $1, $4, 0x00F000F0, 0x54005400, 0xEA;
+    shr.b32 next, $4, 8;
+    lop3.b32 $2, next, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $3, next, 0x00F000F0, 0x54005400, 0xEA;
+}
+"""
+_VALUE_QUARTERS = """
+{
+    .reg .b32 next;
+    lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+    shr.b32 next, $4, 4;
+    lop3.b32 $1, next, 0x000F000F, 0x43004300, 0xEA;
+    shr.b32 next, $4, 8;
+    lop3.b32 $2, next, 0x000F000F, 0x43004300, 0xEA;
+    shr.b32 next, $4, 12;
+    lop3.b32 $3, next, 0x000F000F, 0x43004300, 0xEA;
 }
 """
 
 
 @jit()
-def _centred(codes, ASM: tl.constexpr, PAIRS: tl.constexpr):
-    """uint8 codes -> (low nibble - 8, high nibble - 8), bfloat16 by bit tricks or float32 under the interpreter."""
+def _key_quarters(units, ASM: tl.constexpr, TEXT: tl.constexpr):
+    """16-bit units -> float16 1024 + channel 2j, 64 + channel 2j + D/2, 1024 + 2j+1, 64 + 2j+1 + D/2."""
     if ASM:
-        low, high = tl.inline_asm_elementwise(
-            PAIRS, "=r,=r,=r,=r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
+        a, b, c, d = tl.inline_asm_elementwise(
+            TEXT, "=r,=r,=r,=r,r", [units],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        low = (codes & 15).to(tl.float32) - 8
-        high = (codes >> 4).to(tl.float32) - 8
-    return low, high
+        a, c = 1024.0 + (units & 15).to(tl.float32), 1024.0 + (units >> 8 & 15).to(tl.float32)
+        b, d = 64.0 + (units >> 4 & 15).to(tl.float32), 64.0 + (units >> 12 & 15).to(tl.float32)
+    return a, b, c, d
+
+
+@jit()
+def _value_quarters(units, ASM: tl.constexpr, TEXT: tl.constexpr):
+    """16-bit units -> bfloat16 128 + channel 2j, 2j + D/2, 2j+1, 2j+1 + D/2."""
+    if ASM:
+        a, b, c, d = tl.inline_asm_elementwise(
+            TEXT, "=r,=r,=r,=r,r", [units],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        a, c = 128.0 + (units & 15).to(tl.float32), 128.0 + (units >> 8 & 15).to(tl.float32)
+        b, d = 128.0 + (units >> 4 & 15).to(tl.float32), 128.0 + (units >> 12 & 15).to(tl.float32)
+    return a, b, c, d
 
 
 @jit("table_width", "budget", "first_slot", "sequences")
@@ -204,9 +224,11 @@ def _decode_kernel(
     K_INT4: tl.constexpr, K_FP8: tl.constexpr, V_INT4: tl.constexpr, V_FP8: tl.constexpr,
     RAGGED: tl.constexpr, BY_HEAD: tl.constexpr, SEQUENCES: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    K_DOT: tl.constexpr, V_DOT: tl.constexpr, P_SHIFT: tl.constexpr, ASM: tl.constexpr, PAIRS: tl.constexpr,
+    K_DOT: tl.constexpr, V_DOT: tl.constexpr, P_SHIFT: tl.constexpr,
+    ASM: tl.constexpr, K_TEXT: tl.constexpr, V_TEXT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
+    QUARTER: tl.constexpr = D // 4
     slot = tl.program_id(0)
     head = tl.program_id(1)
     # Every program takes `unit` pages of one sequence. Rounding up costs each sequence at most one program more, which
@@ -228,48 +250,55 @@ def _decode_kernel(
     sequence = tl.minimum(sequence, sequences - 1)
     table += (sequence * KV_HEADS + head if BY_HEAD else sequence) * table_width
 
-    # Everything is transposed, tokens or channels down and query heads across: the codes are then the left operand of
+    # Everything is transposed, tokens or channels down and query heads across: what is read is then the left operand of
     # the tensor core, which goes from shared memory through registers without a layout change.
     column = tl.arange(0, ROWS)  # the query heads of this KV head, padded
     real = (column < GROUP)[None, :]
     token = tl.arange(0, PAGE)
     channel = tl.arange(0, D)
-    half = tl.arange(0, HALF)
-    q_column = q + (sequence * KV_HEADS * GROUP + head * GROUP + column)[None, :] * D
+    pair = tl.arange(0, QUARTER)
+    query = tl.load(
+        q + (sequence * KV_HEADS * GROUP + head * GROUP + column)[None, :] * D + channel[:, None], mask=real, other=0.0
+    )  # [D, ROWS]
     if K_INT4:
-        q_low = tl.load(q_column + half[:, None], mask=real, other=0.0).to(tl.float32) * scale_log2
-        q_high = tl.load(q_column + HALF + half[:, None], mask=real, other=0.0).to(tl.float32) * scale_log2
+        query = query.to(tl.float32)
+        largest = tl.max(tl.abs(query), 0)
+        query = query / tl.where(largest > 0, largest, 1.0)[None, :]  # times a scale it fits float16
+        q_scale = (largest * scale_log2)[None, :]
+        origin = tl.where(channel < HALF, 1024.0, 64.0)[:, None]
     else:
+        query = query.to(K_DOT)
         q_scale = scale_log2
         if K_FP8:
             q_scale = scale_log2 * tl.load(k_scale + head)
-        q_all = tl.load(q_column + channel[:, None], mask=real, other=0.0).to(K_DOT)
 
     best = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([PAGE, ROWS], tl.float32)  # kept per token: one reduction at the end instead of one a page
-    offset = tl.zeros([PAGE, ROWS], tl.float32)
-    acc_low = tl.zeros([HALF, ROWS], tl.float32)
-    acc_high = tl.zeros([HALF, ROWS], tl.float32)
-    acc = tl.zeros([D, ROWS], tl.float32)
-    for i in range(begin, end):
+    if V_INT4:
+        offset = tl.zeros([PAGE, ROWS], tl.float32)
+        acc_0 = tl.zeros([QUARTER, ROWS], tl.float32)
+        acc_1 = tl.zeros([QUARTER, ROWS], tl.float32)
+        acc_2 = tl.zeros([QUARTER, ROWS], tl.float32)
+        acc_3 = tl.zeros([QUARTER, ROWS], tl.float32)
+    else:
+        acc = tl.zeros([D, ROWS], tl.float32)
+    for i in tl.range(begin, end, num_stages=STAGES):  # said here, so that scales are fetched ahead too
         page = tl.load(table + i).to(tl.int64) * KV_HEADS + head
-        if V_INT4:  # asked for early: too narrow to be prefetched into shared memory
-            step = tl.load(v_scale + page * PAGE + token).to(tl.float32)
-            zero = tl.load(v_zero + page * PAGE + token).to(tl.float32) + 8 * step
         if K_INT4:
-            codes = tl.load(k_data + page * (PAGE * HALF) + token[:, None] * HALF + half[None, :])
-            s_low = tl.load(k_scale + page * D + half).to(tl.float32)
-            s_high = tl.load(k_scale + page * D + HALF + half).to(tl.float32)
-            # codes are used as n - 8, so the zero point moves by eight steps
-            z_low = tl.load(k_zero + page * D + half).to(tl.float32) + 8 * s_low
-            z_high = tl.load(k_zero + page * D + HALF + half).to(tl.float32) + 8 * s_high
-            low, high = _centred(codes, ASM, PAIRS)
-            scores = tl.dot(low, (q_low * s_low[:, None]).to(K_DOT), input_precision="ieee")
-            scores = tl.dot(high, (q_high * s_high[:, None]).to(K_DOT), scores, input_precision="ieee")
-            scores += tl.sum(q_low * z_low[:, None] + q_high * z_high[:, None], 0)[None, :]
+            units = tl.load(k_data + page * (PAGE * QUARTER) + token[:, None] * QUARTER + pair[None, :])
+            step = tl.load(k_scale + page * D + channel).to(tl.float32)[:, None]
+            zero = tl.load(k_zero + page * D + channel).to(tl.float32)[:, None]
+            k_0, k_1, k_2, k_3 = _key_quarters(units, ASM, K_TEXT)
+            k = tl.join(tl.join(k_0, k_2), tl.join(k_1, k_3))  # [PAGE, QUARTER, parity, half]
+            k = tl.reshape(tl.permute(k, (0, 2, 3, 1)), [PAGE, D])
+            folded = (query * step).to(K_DOT)
+            moved = tl.sum(query * zero - folded.to(tl.float32) * origin, 0)
+            folded = tl.permute(tl.reshape(folded, [2, QUARTER, 2, ROWS]), (2, 0, 1, 3))  # channels as in k
+            scores = tl.dot(k, tl.reshape(folded, [D, ROWS]), input_precision="ieee")
+            scores = (scores + moved[None, :]) * q_scale
         else:
             k = tl.load(k_data + page * (PAGE * D) + token[:, None] * D + channel[None, :]).to(K_DOT)
-            scores = tl.dot(k, q_all, input_precision="ieee") * q_scale
+            scores = tl.dot(k, query, input_precision="ieee") * q_scale
         if RAGGED:
             valid = i * PAGE + token < stop
             scores = tl.where(valid[:, None], scores, -float("inf"))
@@ -279,12 +308,18 @@ def _decode_kernel(
         best = new_best
         total = total * shrink + p
         if V_INT4:
-            v_codes = tl.load(v_data + page * (PAGE * HALF) + token[None, :] * HALF + half[:, None])  # [HALF, PAGE]
-            v_low, v_high = _centred(v_codes, ASM, PAIRS)
-            offset = offset * shrink + p * zero[:, None]
-            p_scaled = (p * step[:, None]).to(V_DOT)
-            acc_low = tl.dot(v_low, p_scaled, acc_low * shrink, input_precision="ieee")
-            acc_high = tl.dot(v_high, p_scaled, acc_high * shrink, input_precision="ieee")
+            units = tl.load(v_data + page * (PAGE * QUARTER) + token[None, :] * QUARTER + pair[:, None])
+            step = tl.load(v_scale + page * PAGE + token).to(tl.float32)[:, None]
+            zero = tl.load(v_zero + page * PAGE + token).to(tl.float32)[:, None]
+            v_0, v_1, v_2, v_3 = _value_quarters(units, ASM, V_TEXT)  # [QUARTER, PAGE]
+            folded = (p * step).to(V_DOT)
+            offset = offset * shrink + (p * zero - folded.to(tl.float32) * 128.0)
+            # fma keeps the compiler from summing all pages within the tensor core, which rounds towards zero: times
+            # 128, that drift would show.
+            acc_0 = tl.fma(acc_0, shrink, tl.dot(v_0, folded, input_precision="ieee"))
+            acc_1 = tl.fma(acc_1, shrink, tl.dot(v_1, folded, input_precision="ieee"))
+            acc_2 = tl.fma(acc_2, shrink, tl.dot(v_2, folded, input_precision="ieee"))
+            acc_3 = tl.fma(acc_3, shrink, tl.dot(v_3, folded, input_precision="ieee"))
         else:
             v_at = v_data + page * (PAGE * D) + token[None, :] * D + channel[:, None]  # [D, PAGE]
             if RAGGED:  # zero times whatever lies behind the last token could be NaN
@@ -296,14 +331,18 @@ def _decode_kernel(
     weight = tl.sum(total, 0)
     inverse = 1.0 / tl.where(weight > 0, weight, 1.0)[None, :]
     row = part * GROUP + column
+    target = out + row[None, :] * D
     if V_INT4:
         moved = tl.sum(offset, 0)[None, :]
-        tl.store(out + row[None, :] * D + half[:, None], (acc_low + moved) * inverse, mask=real)
-        tl.store(out + row[None, :] * D + HALF + half[:, None], (acc_high + moved) * inverse, mask=real)
+        target += 2 * pair[:, None]
+        tl.store(target, (acc_0 + moved) * inverse, mask=real)
+        tl.store(target + HALF, (acc_1 + moved) * inverse, mask=real)
+        tl.store(target + 1, (acc_2 + moved) * inverse, mask=real)
+        tl.store(target + HALF + 1, (acc_3 + moved) * inverse, mask=real)
     else:
         if V_FP8:
             inverse = inverse * tl.load(v_scale + head)
-        tl.store(out + row[None, :] * D + channel[:, None], acc * inverse, mask=real)
+        tl.store(target + channel[:, None], acc * inverse, mask=real)
     # in base 2; what has no owner is not read
     tl.store(lse + row, best - P_SHIFT + tl.math.log2(tl.where(weight > 0, weight, 1.0)), mask=column < GROUP)
 
@@ -334,7 +373,7 @@ def _attend_triton(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> 
     kv_heads = parts[0].k.data.shape[1]
     group = heads // kv_heads
     # The grid depends on shapes alone: a captured CUDA graph serves every length.
-    budgets = [max(1, _programs(part, q.device) // kv_heads) for part in parts]
+    budgets = [max(1, _programs(part) * processors(q.device) // kv_heads) for part in parts]
     grids = [min(sequences * part.table.shape[-1], n + sequences - 1) for part, n in zip(parts, budgets, strict=True)]
     slots = sum(grids)
     outs = torch.empty((slots, heads, d), dtype=torch.float32, device=q.device)
@@ -345,7 +384,7 @@ def _attend_triton(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> 
         k, v = part.k, part.v
         k_dot, v_dot = _product_type(k), _product_type(v)
         _decode_kernel[(grid, kv_heads)](
-            q, k.data, k.scale, k.zero, v.data, v.scale, v.zero, part.table, part.tokens, outs, lses, owner,
+            q, _units(k), k.scale, k.zero, _units(v), v.scale, v.zero, part.table, part.tokens, outs, lses, owner,
             part.table.shape[-1], budget, first, sequences, scale * LOG2E,
             K_INT4=k.kind == "int4_channel", K_FP8=k.kind == "fp8",
             V_INT4=v.kind == "int4_token", V_FP8=v.kind == "fp8",
@@ -354,7 +393,8 @@ def _attend_triton(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> 
             KV_HEADS=kv_heads, GROUP=group, ROWS=max(8, triton.next_power_of_2(group)), D=d, PAGE=PAGE,
             # Probabilities are scaled up before they are rounded to float16, so that the long tail does not underflow.
             K_DOT=k_dot, V_DOT=v_dot, P_SHIFT=14 if v_dot == tl.float16 else 0,
-            ASM=not interpreted, PAIRS=_CENTRED_PAIRS, num_warps=4, num_stages=_stages(part),
+            ASM=not interpreted, K_TEXT=_KEY_QUARTERS, V_TEXT=_VALUE_QUARTERS, STAGES=_stages(part),
+            num_warps=_warps(part), num_stages=_stages(part),
         )  # fmt: skip
         first += grid
     out = torch.empty_like(q)
@@ -365,20 +405,32 @@ def _attend_triton(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> 
     return out
 
 
-def _programs(part: PagePart, device: torch.device) -> int:
-    """Programs the device holds at once, by shared memory."""
-    return (1 if "plain" in (part.k.kind, part.v.kind) else 2) * processors(device)
+def _programs(part: PagePart) -> int:
+    """Programs a processor holds at once, by shared memory and registers."""
+    d = part.k.head_dim
+    if "plain" in (part.k.kind, part.v.kind):
+        return 1
+    return min(8, 512 // d) if part.v.kind == "int4_token" else 2
+
+
+def _warps(part: PagePart) -> int:
+    """Few, for they wait for each other several times a page; no more than 16 rows of a quarter tile each."""
+    return max(1, part.v.head_dim // 64) if part.v.kind == "int4_token" else 4
 
 
 def _stages(part: PagePart) -> int:
     """Pages in flight for each program, plus two: the pipeliner spends a stage on the page table and one on use."""
-    return 5 if "plain" in (part.k.kind, part.v.kind) else 7
+    return 7 if part.k.kind == "int4_channel" or part.k.kind == part.v.kind == "fp8" else 5
+
+
+def _units(pages: PageTensors) -> torch.Tensor:
+    return pages.data.view(torch.int16) if pages.kind.startswith("int4") else pages.data
 
 
 def _product_type(pages: PageTensors) -> object:
-    """What products with these pages run in: e4m3 is exact in float16, centred codes in bfloat16."""
+    """What products with these pages run in; codes and e4m3 are exact in it."""
     if pages.kind == "plain":
         return dot_dtype(pages.data)
     if interpreted:
         return tl.float32
-    return tl.float16 if pages.kind == "fp8" else tl.bfloat16
+    return tl.bfloat16 if pages.kind == "int4_token" else tl.float16

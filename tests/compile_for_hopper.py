@@ -37,9 +37,9 @@ def check(kernel, pointers, constants, source=ASTSource, **options):
     assert compiled.metadata.shared <= 227 * 1024, "more shared memory than a processor has"
 
 
-def check_decode(k_kind, v_kind):
-    data = {"plain": "*bf16", "fp8": "*fp8e4nv", "int4": "*u8"}
-    product = {"plain": tl.bfloat16, "fp8": tl.float16, "int4": tl.bfloat16}
+def check_decode(k_kind, v_kind, d=64):
+    data = {"plain": "*bf16", "fp8": "*fp8e4nv", "int4": "*i16"}
+    product = {"plain": tl.bfloat16, "fp8": tl.float16}
     pointers = {
         "q": "*bf16", "k_data": data[k_kind], "v_data": data[v_kind], "table": "*i32", "tokens": "*i32",
         "k_scale": "*fp32" if k_kind == "fp8" else "*fp16", "v_scale": "*fp32" if v_kind == "fp8" else "*fp16",
@@ -49,10 +49,12 @@ def check_decode(k_kind, v_kind):
     constants = {
         "K_INT4": k_kind == "int4", "K_FP8": k_kind == "fp8", "V_INT4": v_kind == "int4", "V_FP8": v_kind == "fp8",
         "RAGGED": k_kind == v_kind == "plain", "BY_HEAD": True, "SEQUENCES": 4,
-        "KV_HEADS": 8, "GROUP": 4, "ROWS": 8, "D": 64, "PAGE": 128, "K_DOT": product[k_kind], "V_DOT": product[v_kind],
-        "P_SHIFT": 0, "ASM": True, "PAIRS": paged_decode._CENTRED_PAIRS,
+        "KV_HEADS": 8, "GROUP": 4, "ROWS": 8, "D": d, "PAGE": 128,
+        "K_DOT": product.get(k_kind, tl.float16), "V_DOT": product.get(v_kind, tl.bfloat16), "P_SHIFT": 0,
+        "ASM": True, "K_TEXT": paged_decode._KEY_QUARTERS, "V_TEXT": paged_decode._VALUE_QUARTERS, "STAGES": 7,
     }  # fmt: skip
-    check(paged_decode._decode_kernel, pointers, constants, num_warps=4, num_stages=7)
+    warps = d // 64 if v_kind == "int4" else 4
+    check(paged_decode._decode_kernel, pointers, constants, num_warps=warps, num_stages=7)
 
 
 def check_int4():
@@ -83,7 +85,7 @@ def layout(rows, d):
 
 
 def main():
-    check_decode("int4", "int4")
+    check_decode("int4", "int4", 128)
     check_decode("fp8", "plain")
     check_decode("plain", "fp8")
     check_decode("plain", "plain")
@@ -145,7 +147,11 @@ def main():
          "BIAS": True}, num_warps=4, num_stages=4,
     )  # fmt: skip
     row = {"x": "*bf16", "delta": "*bf16", "weight": "*bf16", "out": "*fp8e4nv", "scale": "*fp32", "eps": "fp32"}
-    check(rms_norm._rms_norm_kernel, row, {"ADD": True, "FP8": True, "BLOCK": 512, "LARGEST": 448.0, "SMALLEST": 2.0**-100})
+    check(
+        rms_norm._rms_norm_kernel,
+        row,
+        {"ADD": True, "FP8": True, "BLOCK": 512, "LARGEST": 448.0, "SMALLEST": 2.0**-100},
+    )
     check(silu_mul._silu_mul_kernel, {"gate_up": "*bf16", "out": "*bf16"}, {"BLOCK": 512})
     check(
         silu_mul._silu_mul_fp8_kernel,
