@@ -22,6 +22,7 @@ from lcconvert.kernels.backend import jit, tl, triton, use_triton
 from lcconvert.kernels.kv_pages import PAGE, PageTensors
 
 _ONE = 2**30  # a share of 1.0
+_FORCED = 2**31 - 1  # key of a page that is kept whatever its bound
 _PAGES = 32  # bounded by one program
 
 
@@ -95,7 +96,7 @@ def select_pages_torch(
 @jit("table_width", "newest")
 def _bound_kernel(
     q, scale, zero, table, pages, keys, table_width, newest,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGES: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGES: tl.constexpr, FORCED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     sequence = tl.program_id(2)
@@ -115,14 +116,14 @@ def _bound_kernel(
         best = tl.maximum(best, tl.sum(query * low + tl.maximum(query, 0.0) * span, 1))
     bits = best.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # an integer of the same order
-    key = tl.where(place >= count - newest, 2147483647, key)
+    key = tl.where(place >= count - newest, FORCED, key)
     tl.store(keys + (sequence * KV_HEADS + head) * table_width + place, key, mask=listed)
 
 
 @jit("table_width", "width", "share", "floor")
 def _list_pages_kernel(
     keys, table, pages, out, tokens, table_width, width, share, floor,
-    PAGE: tl.constexpr, ONE: tl.constexpr, WIDTH: tl.constexpr,
+    PAGE: tl.constexpr, ONE: tl.constexpr, FORCED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(1)
     row = sequence * tl.num_programs(0) + tl.program_id(0)
@@ -133,14 +134,15 @@ def _list_pages_kernel(
     listed = place < count
     key = tl.load(keys + row * table_width + place, mask=listed, other=-2147483648)
     page = tl.load(table + sequence * table_width + place, mask=listed, other=0)
-    # The cut is the largest key that at least `wanted` keys reach, found by bisection.
-    low = tl.min(tl.where(listed, key, 2147483647), 0).to(tl.int64)
-    high = tl.max(key, 0).to(tl.int64)
+    # The cut lies between the keys wanted and the others. It is found by bisection between the smallest and the largest
+    # that are not forced, which mostly hits the gap long before it has a single value left.
+    low = tl.min(tl.where(listed, key, FORCED), 0).to(tl.int64)
+    high = tl.maximum(tl.max(tl.where(key == FORCED, -2147483648, key), 0).to(tl.int64), low)
     while low < high:
         middle = (low + high + 1) >> 1
-        enough = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0) >= wanted
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
+        reached = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        low = tl.where(reached >= wanted, middle, low)
+        high = tl.where(reached > wanted, high, tl.where(reached == wanted, middle, middle - 1))
     cut = low.to(tl.int32)
     above = listed & (key > cut)
     equal = listed & (key == cut)
@@ -172,11 +174,11 @@ def _select_pages_triton(
     tokens = torch.empty((sequences, kv_heads), dtype=torch.int32, device=q.device)
     _bound_kernel[(kv_heads, triton.cdiv(most, _PAGES), sequences)](
         q, k.scale, k.zero, table, pages, keys, most, newest,
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=d, PAGES=_PAGES, num_warps=4,
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, D=d, PAGES=_PAGES, FORCED=_FORCED, num_warps=8,
     )  # fmt: skip
     wide = max(16, triton.next_power_of_2(most))
     _list_pages_kernel[(kv_heads, sequences)](
         keys, table, pages, out, tokens, most, width, share, floor,
-        PAGE=PAGE, ONE=_ONE, WIDTH=wide, num_warps=min(16, max(1, wide // 256)),
+        PAGE=PAGE, ONE=_ONE, FORCED=_FORCED, WIDTH=wide, num_warps=min(8, max(1, wide // 256)),
     )  # fmt: skip
     return out, tokens

@@ -97,12 +97,12 @@ def main():
     check(
         select_pages._bound_kernel,
         {"q": "*bf16", "scale": "*fp16", "zero": "*fp16", "table": "*i32", "pages": "*i32", "keys": "*i32"},
-        {"KV_HEADS": 8, "GROUP": 4, "D": 64, "PAGES": 32},
+        {"KV_HEADS": 8, "GROUP": 4, "D": 64, "PAGES": 32, "FORCED": 2**31 - 1},
     )
     check(
         select_pages._list_pages_kernel,
         {"keys": "*i32", "table": "*i32", "pages": "*i32", "out": "*i32", "tokens": "*i32"},
-        {"PAGE": 128, "ONE": 2**30, "WIDTH": 256},
+        {"PAGE": 128, "ONE": 2**30, "FORCED": 2**31 - 1, "WIDTH": 256},
     )
     check(
         sparse_prefill._prefill_kernel,
