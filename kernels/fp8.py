@@ -3,7 +3,7 @@
 On CUDA large products are PyTorch's `_scaled_mm` with row-wise scales, which beat what we wrote ourselves. Sums stay in
 the tensor core's own 14 bits ("fast accumulation"): that error is an eighth of what rounding the operands to e4m3 costs
 and does not grow with the context, only with K. 16384 rows on one H100, inputs with eight channels of 200 times the
-rest; errors are relative and root mean square, against float64, of the product of the rounded and of the given operands:
+rest; errors are relative root mean squares against float64, of the product of the rounded and of the given operands:
 
 | TFLOP/s | 6144x4096 | 28672x4096 | 4096x14336 | error of the sums, last | total, last |
 |---|---|---|---|---|---|
