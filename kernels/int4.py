@@ -223,12 +223,12 @@ def _int4_matmul_triton(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tens
     m, (n, words), groups = x.shape[0], packed.shape, scale.shape[1]
     assert x.is_contiguous()
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    rows, tile, warps, stages = (16, 8, 4, 4) if m <= 8 else (16, 8, 8, 3)
+    rows, tile, stages = (16, 8, 3) if m <= 8 else (32, 4, 4)
     _small_m_kernel[(triton.cdiv(n, rows),)](
         x, packed.view(torch.uint8), scale, out, n, groups, m,
         ROWS=rows, GROUPS=tile, BYTES=words * 4 // groups, COLUMNS=8 if m <= 8 else 16, ONE=m == 1,
         EVEN=n % rows == 0 and groups % tile == 0, DOT=dot_dtype(x), ASM=not interpreted,
-        PAIRS=_PAIRS_BF16 if x.dtype == torch.bfloat16 else _PAIRS_FP16, num_warps=warps, num_stages=stages,
+        PAIRS=_PAIRS_BF16 if x.dtype == torch.bfloat16 else _PAIRS_FP16, num_warps=4, num_stages=stages,
     )  # fmt: skip
     return out
 

@@ -44,7 +44,7 @@ def check_decode(k_kind, v_kind, d=64):
         "q": "*bf16", "k_data": data[k_kind], "v_data": data[v_kind], "table": "*i32", "tokens": "*i32",
         "k_scale": "*fp32" if k_kind == "fp8" else "*fp16", "v_scale": "*fp32" if v_kind == "fp8" else "*fp16",
         "k_zero": "*fp16", "v_zero": "*fp16", "out": "*fp32", "lse": "*fp32", "owner": "*i32",
-        "scale_log2": "fp32",
+        "end_k": "*bf16", "end_v": "*bf16", "end_table": "*i32", "end_tokens": "*i32", "scale_log2": "fp32",
     }  # fmt: skip
     constants = {
         "K_INT4": k_kind == "int4", "K_FP8": k_kind == "fp8", "V_INT4": v_kind == "int4", "V_FP8": v_kind == "fp8",
@@ -52,6 +52,7 @@ def check_decode(k_kind, v_kind, d=64):
         "KV_HEADS": 8, "GROUP": 4, "ROWS": 8, "D": d, "PAGE": 128,
         "K_DOT": product.get(k_kind, tl.float16), "V_DOT": product.get(v_kind, tl.bfloat16), "P_SHIFT": 0,
         "ASM": True, "K_TEXT": paged_decode._KEY_QUARTERS, "V_TEXT": paged_decode._VALUE_QUARTERS, "STAGES": 7,
+        "END_WIDTH": 2, "END_DOT": tl.bfloat16, "PIECE": 64,
     }  # fmt: skip
     warps = d // 64 if v_kind == "int4" else 4
     check(paged_decode._decode_kernel, pointers, constants, num_warps=warps, num_stages=7)
@@ -59,18 +60,18 @@ def check_decode(k_kind, v_kind, d=64):
 
 def check_int4():
     pointers = {"x": "*bf16", "packed": "*u8", "scale": "*bf16", "out": "*bf16"}
-    for one, columns in ((True, 8), (False, 16)):
+    for one, columns, rows, groups, stages in ((True, 8, 16, 8, 3), (False, 16, 32, 4, 4)):
         check(
             int4._small_m_kernel,
             pointers,
-            {"ROWS": 16, "GROUPS": 8, "BYTES": 64, "COLUMNS": columns, "ONE": one, "EVEN": one, "DOT": tl.bfloat16,
-             "ASM": True, "PAIRS": int4._PAIRS_BF16}, num_warps=4 if one else 8, num_stages=4 if one else 3,
+            {"ROWS": rows, "GROUPS": groups, "BYTES": 64, "COLUMNS": columns, "ONE": one, "EVEN": one,
+             "DOT": tl.bfloat16, "ASM": True, "PAIRS": int4._PAIRS_BF16}, num_warps=4, num_stages=stages,
         )  # fmt: skip
     check(
         int4._small_m_kernel,
         dict.fromkeys(("x", "scale", "out"), "*fp16") | {"packed": "*u8"},
         {"ROWS": 16, "GROUPS": 8, "BYTES": 16, "COLUMNS": 8, "ONE": True, "EVEN": False, "DOT": tl.float16,
-         "ASM": True, "PAIRS": int4._PAIRS_FP16}, num_warps=4, num_stages=4,
+         "ASM": True, "PAIRS": int4._PAIRS_FP16}, num_warps=4, num_stages=3,
     )  # fmt: skip
     check(int4._dequantize_kernel, pointers, {"ROWS": 2, "GROUPS": 32, "BYTES": 64})
     check(
