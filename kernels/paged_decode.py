@@ -24,6 +24,7 @@ from lcconvert.kernels.fp8 import expand_e4m3
 from lcconvert.kernels.kv_pages import PAGE, PageTensors
 
 _CHUNK_PAGES = 32  # pages the reference holds in float32 at once
+_PIECE = 64  # tokens of exact ends a program takes
 
 
 @dataclass(frozen=True)
@@ -217,20 +218,64 @@ def _value_quarters(units, ASM: tl.constexpr, TEXT: tl.constexpr):
     return a, b, c, d
 
 
+@jit()
+def _attend_piece(
+    q, k_data, v_data, table, tokens, out, lse, owner, sequence, piece, head, part, scale_log2,
+    PIECE: tl.constexpr, WIDTH: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """PIECE tokens of a plain page, by one program: the exact ends are too short for a launch of their own."""
+    column = tl.arange(0, ROWS)
+    real = (column < GROUP)[None, :]
+    channel = tl.arange(0, D)
+    query = sequence * KV_HEADS * GROUP + head * GROUP + column
+    query = tl.load(q + query[None, :] * D + channel[:, None], mask=real, other=0.0).to(DOT)
+    place = piece * PIECE
+    stop = tl.load(tokens + sequence)
+    page = tl.load(table + sequence * WIDTH + place // PAGE, mask=place < stop, other=0).to(tl.int64) * KV_HEADS + head
+    token = tl.arange(0, PIECE)
+    valid = place + token < stop
+    row = page * PAGE + place % PAGE + token
+    k = tl.load(k_data + row[:, None] * D + channel[None, :]).to(DOT)
+    # zero times whatever lies behind the last token could be NaN
+    v = tl.load(v_data + row[None, :] * D + channel[:, None], mask=valid[None, :], other=0.0).to(DOT)
+    scores = tl.where(valid[:, None], tl.dot(k, query, input_precision="ieee") * scale_log2, -float("inf"))
+    best = tl.max(scores, 0)
+    p = tl.math.exp2(scores - tl.where(best == -float("inf"), 0.0, best)[None, :])
+    weight = tl.sum(p, 0)
+    some = tl.where(weight > 0, weight, 1.0)
+    acc = tl.dot(v, p.to(DOT), input_precision="ieee") / some[None, :]
+    row = part * GROUP + column
+    tl.store(out + row[None, :] * D + channel[:, None], acc, mask=real)
+    tl.store(lse + row, best + tl.math.log2(some), mask=column < GROUP)
+    tl.store(owner + part, tl.where(place < stop, sequence, -1))
+
+
 @jit("table_width", "budget", "first_slot", "sequences")
 def _decode_kernel(
     q, k_data, k_scale, k_zero, v_data, v_scale, v_zero, table, tokens, out, lse, owner,
-    table_width, budget, first_slot, sequences, scale_log2,
+    end_k, end_v, end_table, end_tokens, table_width, budget, first_slot, sequences, scale_log2,
     K_INT4: tl.constexpr, K_FP8: tl.constexpr, V_INT4: tl.constexpr, V_FP8: tl.constexpr,
     RAGGED: tl.constexpr, BY_HEAD: tl.constexpr, SEQUENCES: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     K_DOT: tl.constexpr, V_DOT: tl.constexpr, P_SHIFT: tl.constexpr,
+    END_WIDTH: tl.constexpr, END_DOT: tl.constexpr, PIECE: tl.constexpr,
     ASM: tl.constexpr, K_TEXT: tl.constexpr, V_TEXT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
     QUARTER: tl.constexpr = D // 4
     slot = tl.program_id(0)
     head = tl.program_id(1)
+    part = (first_slot + slot).to(tl.int64) * KV_HEADS + head
+    PIECES: tl.constexpr = END_WIDTH * (PAGE // PIECE)
+    if PIECES > 0:
+        if slot < sequences * PIECES:
+            _attend_piece(
+                q, end_k, end_v, end_table, end_tokens, out, lse, owner, slot // PIECES, slot % PIECES, head, part,
+                scale_log2, PIECE, END_WIDTH, KV_HEADS, GROUP, ROWS, D, PAGE, END_DOT,
+            )  # fmt: skip
+            return
+        slot -= sequences * PIECES
     # Every program takes `unit` pages of one sequence. Rounding up costs each sequence at most one program more, which
     # the grid has room for.
     each = tl.arange(0, SEQUENCES)
@@ -245,7 +290,6 @@ def _decode_kernel(
     begin = (slot - tl.sum(tl.where(mine, last_slot - slots, 0), 0)) * unit
     end = tl.minimum(begin + unit, tl.sum(tl.where(mine, pages, 0), 0))
     stop = tl.sum(tl.where(mine, length, 0), 0)
-    part = (first_slot + slot).to(tl.int64) * KV_HEADS + head
     tl.store(owner + part, tl.where(end > begin, sequence, -1))
     sequence = tl.minimum(sequence, sequences - 1)
     table += (sequence * KV_HEADS + head if BY_HEAD else sequence) * table_width
@@ -372,9 +416,13 @@ def _attend_triton(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> 
     sequences, heads, d = q.shape
     kv_heads = parts[0].k.data.shape[1]
     group = heads // kv_heads
+    ends = parts[0] if len(parts) > 1 and _short(parts[0]) else None
+    parts = parts if ends is None else parts[1:]
     # The grid depends on shapes alone: a captured CUDA graph serves every length.
     budgets = [max(1, _programs(part) * processors(q.device) // kv_heads) for part in parts]
     grids = [min(sequences * part.table.shape[-1], n + sequences - 1) for part, n in zip(parts, budgets, strict=True)]
+    if ends is not None:
+        grids[0] += sequences * ends.table.shape[1] * (PAGE // _PIECE)
     slots = sum(grids)
     outs = torch.empty((slots, heads, d), dtype=torch.float32, device=q.device)
     lses = torch.empty((slots, heads), dtype=torch.float32, device=q.device)
@@ -383,9 +431,10 @@ def _attend_triton(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> 
     for part, budget, grid in zip(parts, budgets, grids, strict=True):
         k, v = part.k, part.v
         k_dot, v_dot = _product_type(k), _product_type(v)
+        end = (None,) * 4 if ends is None else (ends.k.data, ends.v.data, ends.table, ends.tokens)
         _decode_kernel[(grid, kv_heads)](
             q, _units(k), k.scale, k.zero, _units(v), v.scale, v.zero, part.table, part.tokens, outs, lses, owner,
-            part.table.shape[-1], budget, first, sequences, scale * LOG2E,
+            *end, part.table.shape[-1], budget, first, sequences, scale * LOG2E,
             K_INT4=k.kind == "int4_channel", K_FP8=k.kind == "fp8",
             V_INT4=v.kind == "int4_token", V_FP8=v.kind == "fp8",
             RAGGED="plain" == k.kind == v.kind, BY_HEAD=part.tokens.dim() == 2,
@@ -394,15 +443,22 @@ def _attend_triton(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> 
             # Probabilities are scaled up before they are rounded to float16, so that the long tail does not underflow.
             K_DOT=k_dot, V_DOT=v_dot, P_SHIFT=14 if v_dot == tl.float16 else 0,
             ASM=not interpreted, K_TEXT=_KEY_QUARTERS, V_TEXT=_VALUE_QUARTERS, STAGES=_stages(part),
+            END_WIDTH=0 if ends is None else ends.table.shape[1], PIECE=_PIECE,
+            END_DOT=None if ends is None else _product_type(ends.k),
             num_warps=_warps(part), num_stages=_stages(part),
         )  # fmt: skip
-        first += grid
+        first, ends = first + grid, None
     out = torch.empty_like(q)
     _merge_kernel[(heads, sequences, d // 32)](
         outs, lses, owner, out, slots,
         SLOTS=triton.next_power_of_2(slots), HEADS=heads, GROUP=group, D=d, WIDE=32, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def _short(part: PagePart) -> bool:
+    """Whether a part is the exact ends of sequences, which one launch attends to beside another part."""
+    return part.k.kind == part.v.kind == "plain" and part.tokens.dim() == 1 and part.table.shape[1] <= 4
 
 
 def _programs(part: PagePart) -> int:
