@@ -297,8 +297,8 @@ def _list_kernel(
     wanted = tl.where(dense, diagonal + 1, tl.minimum(wanted, diagonal + 1))
     key = tl.where(causal, _ordered(score), -2147483648)
     key = tl.where(forced, 2147483647, key)
-    # The cut is the key of the last block wanted. The threshold gives it, unless floor or cap change the number: then
-    # it is the largest value that at least `wanted` keys reach, by bisection.
+    # A cut that exactly the wanted keys reach. The threshold is one, unless floor or cap change the number: then one is
+    # found by bisection, or, where equal keys straddle every cut, the largest that at least the wanted keys reach.
     at_threshold = tl.min(tl.where(passing, key, 2147483647), 0).to(tl.int64)
     low = tl.where(kept == wanted, at_threshold, -2147483647)
     high = tl.where(kept == wanted, at_threshold, 2147483647)
@@ -306,12 +306,14 @@ def _list_kernel(
         middle = (low + high + 1) >> 1
         reached = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
         low = tl.where(reached >= wanted, middle, low)
-        high = tl.where(reached >= wanted, high, middle - 1)
+        high = tl.where(reached == wanted, middle, tl.where(reached > wanted, high, middle - 1))
     cut = low.to(tl.int32)
-    above = key > cut
-    equal = causal & (key == cut)
-    spare = wanted - tl.sum(above.to(tl.int32), 0)
-    keep = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= spare))
+    keep = causal & (key >= cut)
+    if tl.sum(keep.to(tl.int32), 0) > wanted:  # of the equal ones at the cut, the first
+        above = key > cut
+        equal = causal & (key == cut)
+        spare = wanted - tl.sum(above.to(tl.int32), 0)
+        keep = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= spare))
     place = tl.cumsum(keep.to(tl.int32), 0) - 1
     target = head.to(tl.int64) * all_tiles + first_tile + tile
     tl.store(index + target * index_width + place, block, mask=keep)

@@ -45,13 +45,14 @@ def allowed_by(lists, queries, keys, q_offset):
     return (mask & causal).to(lists.count.device)
 
 
+@pytest.mark.parametrize("d", [16, 64])
 @pytest.mark.parametrize(("queries", "q_offset", "spare"), [(300, 0, 0), (256, 128, 0), (5, 256, 0), (130, 128, 50)])
-def test_all_blocks_are_dense_attention(device, queries, q_offset, spare):
-    q, k, v = inputs(device, queries, q_offset, spare=spare)
+def test_all_blocks_are_dense_attention(device, queries, q_offset, spare, d):
+    q, k, v = inputs(device, queries, q_offset, d=d, spare=spare)
     lists = BlockLists.dense(4, queries, q_offset, device)
     want = dense_attention(q, k, v, q_offset)
     close(block_sparse_attention(q, k, v, lists, q_offset), want, TOLERANCE[q.dtype])
-    close(block_sparse_attention_torch(q, k, v, lists, q_offset, 16**-0.5), want, TOLERANCE[q.dtype])
+    close(block_sparse_attention_torch(q, k, v, lists, q_offset, d**-0.5), want, TOLERANCE[q.dtype])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 16), (4, 2, 32), (3, 3, 64), (7, 1, 128)])
