@@ -276,8 +276,8 @@ def _decode_kernel(
             )  # fmt: skip
             return
         slot -= sequences * PIECES
-    # Every program takes `unit` pages of one sequence. Rounding up costs each sequence at most one program more, which
-    # the grid has room for.
+    # Every program takes `unit` pages of one sequence. Rounding up costs each sequence at most one program more, for
+    # which the grid has room beyond `budget`.
     each = tl.arange(0, SEQUENCES)
     list_of = each * KV_HEADS + head if BY_HEAD else each
     length = tl.load(tokens + list_of, mask=each < sequences, other=0)
@@ -419,7 +419,8 @@ def _attend_triton(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> 
     ends = parts[0] if len(parts) > 1 and _short(parts[0]) else None
     parts = parts if ends is None else parts[1:]
     # The grid depends on shapes alone: a captured CUDA graph serves every length.
-    budgets = [max(1, _programs(part) * processors(q.device) // kv_heads) for part in parts]
+    resident = [_programs(part) * processors(q.device) // kv_heads for part in parts]
+    budgets = [max(1, n - sequences + 1) for n in resident]
     grids = [min(sequences * part.table.shape[-1], n + sequences - 1) for part, n in zip(parts, budgets, strict=True)]
     if ends is not None:
         grids[0] += sequences * ends.table.shape[1] * (PAGE // _PIECE)
