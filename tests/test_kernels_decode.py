@@ -189,6 +189,19 @@ def test_a_long_flat_tail_is_not_lost(device):
     assert (attend_pages(q, [part]) - want).abs().max() <= 0.02 * (want + 2).abs().max()
 
 
+def test_long_sums_do_not_drift(device):
+    """Pages listed a thousand times over weigh what they weigh once, in the small mean that a flat attention leaves."""
+    k = pool("int4_channel", 1, 8, 8, 128, device)
+    noise = torch.randn(8, PAGE, 8, 128, generator=torch.manual_seed(2)).to(device)
+    v = PageTensors("int4_token", *quantize_v_int4(noise))
+    q = queries(1, 8, 128, device) * 0.01
+    pages = list(range(8))
+    want = attention(q, [PagePart(k, v, *listed([pages], device))])
+    times = {"cpu": 2, "cuda": 1024}[device]
+    got = attend_pages(q, [PagePart(k, v, *listed([pages * times], device))])
+    close(got, want, TOLERANCE[device] / 4)
+
+
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), lengths=st.lists(st.integers(0, 5), min_size=1, max_size=3))
 def test_where_pages_lie_does_not_matter(seed, lengths):
