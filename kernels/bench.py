@@ -22,6 +22,7 @@ from lcconvert.kernels.int4 import int4_matmul
 from lcconvert.kernels.kv_pages import PAGE, Kind, PageTensors, quantize_k_int4, quantize_v_int4
 from lcconvert.kernels.paged_decode import PagePart, attend_pages
 from lcconvert.kernels.select_blocks import pool_keys, select_blocks
+from lcconvert.kernels.select_pages import select_pages
 from lcconvert.kernels.sparse_prefill import BLOCK, BlockLists, block_sparse_attention
 
 HEADS, KV_HEADS, D, HIDDEN, INNER = 32, 8, 128, 4096, 14336
@@ -115,6 +116,31 @@ def decode(name: str, k_kind: Kind, v_kind: Kind, tokens: int, memory: float) ->
     return {"kernel": "attend_pages", "case": f"{name}, {tokens} tokens", "ms": time, **rate(size, time, memory)}
 
 
+def sparse_decode(tokens: int, share: float, memory: float) -> list[dict[str, object]]:
+    """Page selection, and attention to the pages it chose."""
+    pages = tokens // PAGE
+    k, v = random_pages("int4_channel", pages), random_pages("int4_token", pages)
+    assert k.scale is not None
+    assert k.zero is not None
+    q = torch.randn(1, HEADS, D, dtype=torch.bfloat16, device="cuda")
+    table = torch.randperm(pages, device="cuda").to(torch.int32)[None]
+    count = torch.tensor([pages], dtype=torch.int32, device="cuda")
+    select = partial(select_pages, q, k, table, count, share=share, at_least=64, newest=4)
+    part = PagePart(k, v, *select())
+    size = sum(x.nbytes for pool in (k, v) for x in (pool.data, pool.scale, pool.zero) if x is not None)
+    attended = int(part.tokens.sum()) // PAGE / (pages * KV_HEADS)
+    out: list[dict[str, object]] = []
+    for name, run, read in (
+        ("select_pages", select, k.scale.nbytes + k.zero.nbytes),
+        ("attend_pages", lambda: attend_pages(q, [part]), size * attended),
+    ):
+        time = milliseconds(captured(run))
+        out.append(
+            {"kernel": name, "case": f"{share:.0%} of {tokens} tokens", "ms": time, **rate(int(read), time, memory)}
+        )
+    return out
+
+
 def overlapping_lists(keys: int, density: float) -> BlockLists:
     """Causal lists of a given density, one for all heads: a sink, a run before the diagonal, the rest spread out."""
     tiles = keys // BLOCK
@@ -183,6 +209,7 @@ def bench_kernels() -> list[dict[str, object]]:
     ]  # fmt: skip
     for tokens in (2**17, 2**19, 2**20):
         cases.extend(decode(name, k_kind, v_kind, tokens, memory) for name, k_kind, v_kind in schemes)
+    cases.extend(sparse_decode(2**20, 0.04, memory))
     cases.extend(prefill(2**17, 0.10, products))
     cases.extend(quantizers(2**17, memory))
     return cases
