@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -334,13 +335,21 @@ def test_out_of_memory_of_an_alternative_is_a_row(shape: str, call: Call, monkey
     assert "transformers at 300 tokens: out of memory" in out
 
 
-def test_committed_measurements_can_be_read() -> None:
-    for file in (Path(__file__).parent / "bench").glob("*.json"):
-        document = json.loads(file.read_text(encoding="utf-8"))
-        _check_document(document)
-        report = TypeAdapter(bench_report.Report).validate_python(document)
-        assert report.as_dict() == document
-        assert report.device in bench_report.render(report)
+def _read_report(file: Path) -> bench_report.Report:
+    document = json.loads(file.read_text(encoding="utf-8"))
+    _check_document(document)
+    report = TypeAdapter(bench_report.Report).validate_python(document)
+    assert report.as_dict() == document
+    return report
+
+
+def test_committed_measurements_can_be_read_and_are_what_the_readme_shows() -> None:
+    root = Path(__file__).parent.parent
+    for file in (root / "tests" / "bench").glob("*.json"):
+        _read_report(file)
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\]\((tests/bench/[^)]+\.json)\)", readme):
+        assert bench_report.render(_read_report(root / name)) in readme, name
 
 
 @pytest.mark.parametrize(
