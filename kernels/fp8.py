@@ -160,7 +160,8 @@ def fp8_few_rows(
 ) -> torch.Tensor:
     """x [M <= 16, K], not quantized, @ (weight e4m3 [N, K] * weight_scale float32 [N, 1]).T + bias -> [M, N] as x.
 
-    Bound by reading the weight, once for all rows.
+    Bound by reading the weight, once for all rows. Left behind, at 4096x14336 and one row on an H100: programs of one
+    warp for 16 whole rows each, 1.1 TB/s; `fp8_product` with the quantizing before it, 1.0 TB/s.
     """
     (m, k), n = x.shape, weight.shape[0]
     assert m <= FEW_ROWS
