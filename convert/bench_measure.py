@@ -39,8 +39,7 @@ def ways_to_decode(engine: Engine) -> list[tuple[AttentionPolicy, Step]]:
     if policy.decode_share is None:
         return [(policy, engine.decode)]
     dense = policy.model_copy(update={"decode_share": None})
-    # The engine's own merged layers: merging them once more would hold the weights twice.
-    step = DecodeStep(engine.model, engine._layers, engine.pool, dense)
+    step = DecodeStep(engine.model, engine.layers, engine.pool, dense)
     return [(dense, torch.inference_mode()(lambda seq, token: step([seq], [token])[0])), (policy, engine.decode)]
 
 
@@ -163,10 +162,14 @@ def measure_prefill(
 def _parts(
     timed: dict[str, float], seconds: float, work: dict[str, Work], limits: Ceilings | None, fp8: bool
 ) -> list[Part]:
-    """The timer's parts, the known ones in a fixed order; what it did not see of `seconds` is part of `other`."""
-    named = {name: timed[name] for name in (*work, *timed) if name in timed and name not in ("total", "other")}
+    """The timer's parts, the known ones in a fixed order; what it did not see of `seconds` is part of `other`. Copies
+    of hidden states run beside the rest and come last, on top of `seconds`."""
+    named = {
+        name: timed[name] for name in (*work, *timed) if name in timed and name not in ("total", "other", "copies")
+    }
     parts = [_part(name, spent, work.get(name, Work()), limits, fp8) for name, spent in named.items()]
-    return [*parts, Part("other", max(0.0, seconds - sum(named.values())))]
+    parts.append(Part("other", max(0.0, seconds - sum(named.values()))))
+    return [*parts, Part("copies, overlapped", timed["copies"])] if "copies" in timed else parts
 
 
 def _part(name: str, spent: float, work: Work, limits: Ceilings | None, fp8: bool) -> Part:

@@ -8,14 +8,12 @@ from typing import Any
 
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.runtime.errors import UserError
-from lcconvert.runtime.plan import VARIANTS, kv_bytes_per_token, longest_context, plan_variant
+from lcconvert.runtime.plan import PARTS, VARIANTS, kv_bytes_per_token, longest_context, plan_variant
 from lcconvert.runtime.rope import inv_freq
 from lcconvert.runtime.sidecar import Sidecar
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
 from lcconvert.runtime.units import format_bytes, format_count
-
-_PARTS = ("weights", "kv_pages", "layer_kv", "hidden", "tables", "expanded", "chunk")
 
 
 def inspect(src: str, *, context: int | None = None, gpu_bytes: int = 80 * 10**9) -> dict[str, Any]:
@@ -109,7 +107,7 @@ def render(report: dict[str, Any], gpu_bytes: int) -> str:
         f"  memory at {format_count(report['plan_context'])} tokens on {format_bytes(gpu_bytes)}:",
     ]
     for variant, p in report["plans"].items():
-        parts = ", ".join(f"{k.replace('_', ' ')} {format_bytes(p[k])}" for k in _PARTS if p[k])
+        parts = ", ".join(f"{k.replace('_', ' ')} {format_bytes(p[k])}" for k in PARTS if p[k])
         verdict = "fits" if p["fits"] else "does not fit"
         longest = format_count(report["longest_context"][variant])
         lines.append(f"    {variant:7}{format_bytes(p['total']):>9} {verdict} ({parts}); longest {longest}")

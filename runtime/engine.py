@@ -68,14 +68,14 @@ class Engine:
         self.spec, self.name, self.max_context, self.eos_ids = model.spec, name, max_context, eos_ids
         self.device, self.dtype, self.kv, self.gemm = pool.device, pool.dtype, pool.config, gemm
         self.chunk, self.offload = chunk, offload
-        self._layers = [LayerWeights(layer) for layer in model.layers]
+        self.layers = [LayerWeights(layer) for layer in model.layers]  # as prefill and decode multiply with them
         self._alpha = torch.tensor(
             [attention.alpha_of(layer, self.spec.num_heads) for layer in range(self.spec.num_layers)],
             device=self.device,
         )  # [layers, Hq]
         if offload:  # locking gigabytes of host memory takes seconds; PyTorch keeps the block for the prefills
             torch.empty(max_context, self.spec.hidden_size, dtype=self.dtype, pin_memory=True)
-        self._decode = DecodeStep(model, self._layers, pool, attention)
+        self._decode = DecodeStep(model, self.layers, pool, attention)
 
     @classmethod
     def load(
@@ -176,7 +176,7 @@ class Engine:
                 "serve a longer context"
             )
         setup = PrefillSetup(
-            self.model, self._layers, self.pool, self.attention, self._alpha, self.gemm, self.chunk, self.offload
+            self.model, self.layers, self.pool, self.attention, self._alpha, self.gemm, self.chunk, self.offload
         )
         if timer is not None:
             timer.start()

@@ -7,8 +7,11 @@ layer's arithmetic hides at long context: the next chunk is fetched and the last
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+from lcconvert.runtime.timing import PartTimer
 
 _BUFFERS = 3  # device chunks in flight: one coming, one computing, one leaving
 
@@ -18,8 +21,18 @@ Chunk = tuple[int, int]  # rows [begin, end)
 class HiddenStates:
     """States [T, H] that a caller visits chunk by chunk and may change in place."""
 
-    def __init__(self, rows: int, width: int, *, dtype: torch.dtype, device: torch.device, chunk: int, offload: bool):
-        self.offload = offload
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        chunk: int,
+        offload: bool,
+        timer: PartTimer | None = None,
+    ):
+        self.offload, self._timer = offload, timer
         if not offload:
             self._rows = torch.empty(rows, width, dtype=dtype, device=device)
             return
@@ -60,7 +73,8 @@ class HiddenStates:
             if write:
                 with torch.cuda.stream(self._returning):
                     self._returning.wait_event(self._free[slot])
-                    self._rows[begin:end].copy_(states, non_blocking=True)
+                    with self._timed(self._returning):
+                        self._rows[begin:end].copy_(states, non_blocking=True)
                     self._free[slot].record(self._returning)
 
     def _fetch(self, number: int, chunk: Chunk) -> None:
@@ -68,8 +82,12 @@ class HiddenStates:
         slot = number % _BUFFERS
         with torch.cuda.stream(self._fetching):
             self._fetching.wait_event(self._free[slot])
-            self._buffers[slot][: end - begin].copy_(self._rows[begin:end], non_blocking=True)
+            with self._timed(self._fetching):
+                self._buffers[slot][: end - begin].copy_(self._rows[begin:end], non_blocking=True)
             self._ready[slot].record(self._fetching)
+
+    def _timed(self, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
+        return nullcontext() if self._timer is None else self._timer.beside("copies", stream)
 
     def row(self, index: int) -> torch.Tensor:
         """One row as [1, H] on the device."""

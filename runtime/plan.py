@@ -24,6 +24,7 @@ from lcconvert.runtime.units import format_bytes, format_count
 
 _KEPT_FREE = 0.03  # of the card
 _EXACT_PAGES = 8
+_LIBRARIES = 2**27  # workspaces that cuBLAS keeps, 32 MB for every stream that multiplies
 # Prefill rows and whether hidden states live in host memory, the fastest first.
 _WAYS = ((16_384, False), (8_192, False), (16_384, True), (8_192, True), (4_096, True))
 # bytes a value takes in full pages, for head size D: codes plus fp16 scale and zero point per 128 (K) or D (V) values
@@ -38,6 +39,8 @@ VARIANTS: dict[str, tuple[str, Gemm]] = {
     "pro": ("fp8", "16-bit"),
     "flash": ("int4", "fp8"),
 }
+
+PARTS = ("weights", "kv_pages", "layer_kv", "hidden", "tables", "expanded", "chunk", "libraries")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class MemoryPlan:
     tables: int
     expanded: int
     chunk: int
+    libraries: int
     host_pinned: int
     gpu_bytes: int
     longest: int = 0  # the largest context that fits `gpu_bytes`; only looked for when `context` does not
@@ -62,7 +66,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """GPU bytes."""
-        return self.weights + self.kv_pages + self.layer_kv + self.hidden + self.tables + self.expanded + self.chunk
+        return sum(getattr(self, name) for name in PARTS)
 
     @property
     def fits(self) -> bool:
@@ -78,7 +82,7 @@ class MemoryPlan:
                 f"{name} at {format_count(self.context)} tokens needs {format_bytes(self.total)} of GPU memory "
                 f"({format_bytes(self.weights)} weights, {format_bytes(self.kv_pages)} KV cache as {self.kv_scheme}), "
                 f"{format_bytes(self.gpu_bytes)} are free; the largest context that fits is "
-                f"{format_count(self.longest)}, give --max-context"
+                f"{format_count(self.longest)}, ask for no more than that"
             )
 
 
@@ -212,6 +216,7 @@ def _plan(
         tables=context * (2 * 4 * spec.head_dim // 2 + 8),
         expanded=stored.expanded,
         chunk=_widest_moment(spec, stored.element, context, scheme, policy, gemm, rows),
+        libraries=_LIBRARIES,
         host_pinned=pinned,
         gpu_bytes=gpu_bytes,
     )

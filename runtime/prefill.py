@@ -80,7 +80,7 @@ def run_prefill(
     ids = torch.tensor(staged.new_ids, device=pool.device)
     hidden = HiddenStates(
         total - start, spec.hidden_size, dtype=pool.dtype, device=pool.device, chunk=setup.chunk,
-        offload=setup.offload and not want_all,
+        offload=setup.offload and not want_all, timer=timer,
     )  # fmt: skip
     hidden.fill(spans, lambda begin, end: setup.model.model.embed_tokens(ids[begin:end]))
     cos, sin = _tables(setup.model, start, total, pool.device)

@@ -22,6 +22,7 @@ class PartTimer:
     def __init__(self, device: torch.device):
         self.device = device
         self._parts: dict[str, list[tuple[object, object]]] = defaultdict(list)
+        self._beside: dict[str, list[tuple[object, object]]] = defaultdict(list)
         self._whole: tuple[object, object] | None = None
         self._begin: object = None
         self._listed = torch.zeros((), dtype=torch.int64, device=device)  # blocks attended
@@ -39,6 +40,15 @@ class PartTimer:
         yield
         self._parts[name].append((begin, self._now()))
 
+    @contextmanager
+    def beside(self, name: str, stream: torch.cuda.Stream) -> Iterator[None]:
+        """Work on another stream of the GPU: reported, but no part of the total, which it overlaps."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(stream)
+        yield
+        end.record(stream)
+        self._beside[name].append((begin, end))
+
     def count(self, blocks: BlockLists | None, tiles: int, heads: int, first: int) -> None:
         """A chunk of `tiles` query tiles whose diagonal blocks are `first`.. was attended; None: densely."""
         causal = heads * (tiles * first + tiles * (tiles + 1) // 2)
@@ -55,14 +65,17 @@ class PartTimer:
         return self.listed_blocks / self._causal if self._causal else 1.0
 
     def seconds(self) -> dict[str, float]:
-        """Seconds a part, plus `other` and `total`. Waits for the device."""
+        """Seconds a part, plus `other`, `total`, and what ran beside. Waits for the device."""
         if self._whole is None:
             return {}
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        parts = {name: sum(self._span(*pair) for pair in pairs) for name, pairs in self._parts.items()}
+        parts, beside = (
+            {name: sum(self._span(*pair) for pair in pairs) for name, pairs in group.items()}
+            for group in (self._parts, self._beside)
+        )
         total = self._span(*self._whole)
-        return parts | {"other": max(total - sum(parts.values()), 0.0), "total": total}
+        return parts | {"other": max(total - sum(parts.values()), 0.0), "total": total} | beside
 
     def _now(self) -> object:
         if self.device.type != "cuda":

@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(artifacts: dict[st
     assert lean.fits
     assert lean.offload  # hidden states go to the host
     assert lean.host_pinned == 2**33
-    with pytest.raises(UserError, match=r"llama at 1M tokens needs 161 GB .*largest context that fits is 445056, give"):
+    with pytest.raises(UserError, match=r"llama at 1M tokens needs 161 GB .*largest context that fits is \d+, ask"):
         plan_variant(spec, "16-bit", 2**20, 80 * GB).check("llama")
 
 
