@@ -120,6 +120,11 @@ def _bound_kernel(
     tl.store(keys + (sequence * KV_HEADS + head) * table_width + place, key, mask=listed)
 
 
+@jit()
+def _add_each(a, b, c, d):
+    return a + c, b + d
+
+
 @jit("table_width", "width", "share", "floor")
 def _list_pages_kernel(
     keys, table, pages, out, tokens, table_width, width, share, floor,
@@ -134,15 +139,22 @@ def _list_pages_kernel(
     listed = place < count
     key = tl.load(keys + row * table_width + place, mask=listed, other=-2147483648)
     page = tl.load(table + sequence * table_width + place, mask=listed, other=0)
-    # The cut lies between the keys wanted and the others. It is found by bisection between the smallest and the largest
-    # that are not forced, which mostly hits the gap long before it has a single value left.
+    # The cut lies between the keys wanted and the others: the largest that at least `wanted` reach. It is searched for
+    # between the smallest and the largest not forced, three tests at a time, mostly until one has exactly `wanted`.
     low = tl.min(tl.where(listed, key, FORCED), 0).to(tl.int64)
     high = tl.maximum(tl.max(tl.where(key == FORCED, -2147483648, key), 0).to(tl.int64), low)
     while low < high:
-        middle = (low + high + 1) >> 1
-        reached = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
-        low = tl.where(reached >= wanted, middle, low)
-        high = tl.where(reached > wanted, high, tl.where(reached == wanted, middle, middle - 1))
+        span = high - low
+        first, second, third = low + (span + 3) // 4, low + (span + 1) // 2, low + (3 * span + 3) // 4
+        pair = (key >= first.to(tl.int32)).to(tl.int32) + ((key >= second.to(tl.int32)).to(tl.int32) << 16)
+        pair, at_third = tl.reduce((pair, (key >= third.to(tl.int32)).to(tl.int32)), 0, _add_each)
+        at_first, at_second = pair & 0xFFFF, pair >> 16  # two counts in one, 16 bits each
+        below = tl.where(at_first < wanted, first, tl.where(at_second < wanted, second, third)) - 1
+        high = tl.where(at_third < wanted, below, high)
+        low = tl.where(at_first < wanted, low, tl.where(at_second < wanted, first, second))
+        low = tl.where(at_third < wanted, low, third)
+        exact = (at_first == wanted) | (at_second == wanted) | (at_third == wanted)
+        high = tl.where(exact, low, high)
     cut = low.to(tl.int32)
     above = listed & (key > cut)
     equal = listed & (key == cut)
