@@ -4,13 +4,14 @@ Types: BF16 for 16-bit weights; Q8_0 and Q4_0 by the `gguf` library's own roundi
 holding the very same codes, since 32 neighbours with one scale is a finer division of its groups. Vectors are float32.
 In Q4_0 the embedding and the head stay BF16.
 
-Surprising rule: llama.cpp's `llama` architecture rotates neighbouring channels, HF rotates halves, so the rows of q and
-k are interleaved there, biases included, and not for the Qwen architectures.
-Left out: LongRoPE, and llama3 scaling of another window than Llama 3.1's, which the format's metadata cannot say.
+Surprising rule: what llama.cpp reads decides, not what the format has keys for. For these architectures it reads YaRN's
+factor and window and nothing else (betas are 32 and 1, `yarn_attn_factor` is overwritten, `attn_factor` counts), so any
+other table goes into the file as divisors of the frequencies, which only the `llama` architecture has a place for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -23,8 +24,9 @@ import numpy as np
 import torch
 
 from lcconvert.convert.export_weights import ExportWeights, Int4Weight
+from lcconvert.convert.gguf_names import ROPE_DIVISORS, WRITTEN_AS, gguf_name, row_order
 from lcconvert.convert.gguf_source import GgufSource
-from lcconvert.convert.gguf_vocabulary import PROBE, vocabulary_metadata
+from lcconvert.convert.gguf_vocabulary import PROBE, chat_template, vocabulary_metadata
 from lcconvert.convert.progress import progress
 from lcconvert.convert.writer import new_folder
 from lcconvert.kernels.int4 import unpack_int4
@@ -46,46 +48,38 @@ _FILE_TYPES = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _BLOCK = 32  # values that share a scale in Q8_0 and Q4_0
+_ENCODED_AT_ONCE = 1 << 24  # values; the library's rounding makes several float32 copies
 
 
 def export_gguf(source: TensorSource, sidecar: Sidecar, out: Path, config: ExportConfig) -> Path:
-    """Writes `out`/model-PRECISION.gguf and reads it back: names, shapes, finite values, RoPE table, tokenizer."""
+    """Writes `out`/model-PRECISION.gguf one tensor at a time and reads it back: every byte, RoPE table, tokenizer.
+
+    UserError for a model that llama.cpp would not load or would compute otherwise.
+    """
     weights = ExportWeights(source)
+    _check_expressible(weights.spec, source.name)
     precision = config.precision if config.precision != "auto" else ("q4_0" if weights.stores_int4 else "bf16")
     plan = list(_plan(weights, precision))
-    metadata = _metadata(source, weights.spec, sidecar, precision)
-    divisors = _rope_divisors(weights.spec)
+    scaling, divisors = _rope_scaling(weights.spec, source.name)
+    metadata = _metadata(source, weights.spec, sidecar, precision, scaling)
     with new_folder(out, need_bytes=sum(item.bytes for item in plan)) as folder:
         path = folder / f"model-{precision}.gguf"
-        with closing(gguf.GGUFWriter(path, _ARCHITECTURES[weights.spec.family])) as writer:
+        with closing(gguf.GGUFWriter(path, WRITTEN_AS[weights.spec.family])) as writer:
             for key, value in metadata.items():
                 _add(writer, key, value)
             for item in plan:
                 writer.add_tensor_info(item.name, item.shape, np.dtype(np.float32), item.bytes, item.kind)
             if divisors is not None:
-                writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
+                writer.add_tensor_info(ROPE_DIVISORS, divisors.shape, divisors.dtype, divisors.nbytes)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             with progress("export gguf", len(plan), "tensors") as bar:
                 for item in plan:
-                    writer.write_tensor_data(item.encode())
+                    stored = item.encode()
+                    item.digest = hashlib.sha256(stored.data).digest()
+                    writer.write_tensor_data(stored)
                     bar.advance()
             if divisors is not None:
                 writer.write_tensor_data(divisors)
@@ -104,7 +98,8 @@ class _Item:
     def __init__(self, weights: ExportWeights, module: str, leaf: str, shape: tuple[int, ...], kind: _Type):
         self.weights, self.module, self.leaf, self.shape, self.kind = weights, module, leaf, shape, kind
         self.hf_name = f"{module}.{leaf}"
-        self.name = f"{_gguf_name(module)}.{leaf}"
+        self.name = gguf_name(self.hf_name)
+        self.digest = b""  # of the stored bytes, once they are written
         block, size = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise UserError(
@@ -114,20 +109,22 @@ class _Item:
         self.bytes = math.prod(shape) // block * size
 
     def encode(self) -> np.ndarray:
-        """The stored bytes, rows in GGUF order."""
-        spec, order = self.weights.spec, None
-        if _ARCHITECTURES[spec.family] == "llama" and self.module.endswith(("q_proj", "k_proj")):
-            heads = spec.num_heads if self.module.endswith("q_proj") else spec.num_kv_heads
-            # [heads, 2, D/2] -> [heads, D/2, 2]
-            order = torch.arange(self.shape[0]).view(heads, 2, -1).transpose(1, 2).reshape(-1)
-        linear = self.leaf == "weight" and self.module.endswith("_proj")
+        """The stored bytes, uint8 [rows, bytes of a row], rows in GGUF order."""
+        spec = self.weights.spec
+        order = row_order(self.hf_name, WRITTEN_AS[spec.family], self.shape[0], spec.num_heads, spec.num_kv_heads)
         if self.kind == _Type.Q4_0 and self.weights.stores_int4:
             stored = self.weights.int4(self.module, _BLOCK)
             assert stored is not None  # _plan gives Q4_0 to the packed layers of an int4 checkpoint only
             return _q4_0_of(stored, order, self.hf_name)
+        linear = self.leaf == "weight" and self.module.endswith("_proj")
         tensor = self.weights.dense(self.module) if linear else self.weights.plain(self.hf_name)
-        tensor = tensor if order is None else tensor[order]
-        return gguf.quantize(tensor.float().contiguous().numpy(), self.kind)
+        rows = (tensor if order is None else tensor[order]).reshape(-1, self.shape[-1])
+        encoded = np.empty((len(rows), self.bytes // len(rows)), np.uint8)
+        step = max(1, _ENCODED_AT_ONCE // self.shape[-1])
+        for start in range(0, len(rows), step):
+            part = gguf.quantize(rows[start : start + step].float().contiguous().numpy(), self.kind)
+            encoded[start : start + step] = part.view(np.uint8)
+        return encoded
 
 
 def _plan(weights: ExportWeights, precision: str) -> Iterator[_Item]:
@@ -161,7 +158,7 @@ def _plan(weights: ExportWeights, precision: str) -> Iterator[_Item]:
         yield _Item(weights, "lm_head", "weight", (spec.vocab_size, h), wide)
 
 
-def _q4_0_of(weight: Int4Weight, order: torch.Tensor | None, name: str) -> np.ndarray:
+def _q4_0_of(weight: Int4Weight, order: np.ndarray | None, name: str) -> np.ndarray:
     """The same codes as Q4_0 blocks: a float16 scale, then 16 bytes, element j low and j + 16 high, stored as q + 8."""
     codes, scale = unpack_int4(weight.packed, weight.packed.shape[1] * 8), weight.scale
     if order is not None:
@@ -176,8 +173,10 @@ def _q4_0_of(weight: Int4Weight, order: torch.Tensor | None, name: str) -> np.nd
     return blocks.flatten(1).contiguous().numpy()
 
 
-def _metadata(source: TensorSource, spec: ModelSpec, sidecar: Sidecar, precision: str) -> dict[str, Any]:
-    arch = _ARCHITECTURES[spec.family]
+def _metadata(
+    source: TensorSource, spec: ModelSpec, sidecar: Sidecar, precision: str, scaling: dict[str, Any]
+) -> dict[str, Any]:
+    arch = WRITTEN_AS[spec.family]
     values: dict[str, Any] = {
         "general.name": Path(source.name).stem,
         "general.file_type": int(_FILE_TYPES[precision]),
@@ -194,7 +193,7 @@ def _metadata(source: TensorSource, spec: ModelSpec, sidecar: Sidecar, precision
         f"{arch}.vocab_size": spec.vocab_size,
         f"{arch}.rope.dimension_count": spec.head_dim,
         f"{arch}.rope.freq_base": float(spec.rope.theta),
-        **{f"{arch}.rope.scaling.{key}": value for key, value in _rope_scaling(spec, source.name).items()},
+        **{f"{arch}.rope.scaling.{key}": value for key, value in scaling.items()},
         **vocabulary_metadata(source.files, spec.vocab_size, source.name),
     }
     if spec.family == "mistral":
@@ -204,45 +203,56 @@ def _metadata(source: TensorSource, spec: ModelSpec, sidecar: Sidecar, precision
     return values
 
 
-def _rope_scaling(spec: ModelSpec, source: str) -> dict[str, Any]:
-    rope = spec.rope
-    if rope.kind in ("default", "llama3"):
-        return {}
-    if rope.kind == "linear":
-        return {"type": "linear", "factor": float(rope.factor or 1.0)}
-    if rope.kind != "yarn" or not rope.truncate:
-        detail = rope.kind if rope.kind != "yarn" else "yarn with truncate false"
+def _check_expressible(spec: ModelSpec, source: str) -> None:
+    """UserError for tensors that llama.cpp's graph of this architecture has no place for."""
+    if WRITTEN_AS[spec.family] == "llama":
+        return
+    if spec.o_bias or spec.mlp_bias:
+        where = "o_proj" if spec.o_bias else "MLP"
         raise UserError(
-            f"{source} has rope type {detail}, which GGUF metadata cannot express; extend with --method yarn or theta"
+            f"{source} has biases in its {where} layers, which llama.cpp does not load for {spec.family}; "
+            "export to onnx or safetensors"
         )
-    assert rope.factor is not None
-    assert rope.original_max_position is not None
-    scaling: dict[str, Any] = {
-        "type": "yarn",
-        "factor": float(rope.factor),
-        "original_context_length": rope.original_max_position,
-        "yarn_beta_fast": rope.beta_fast,
-        "yarn_beta_slow": rope.beta_slow,
-    }
-    own = 0.1 * math.log(rope.factor) + 1.0  # llama.cpp applies this by itself; the key multiplies it
-    if not math.isclose(rope.attention_scale, own, rel_tol=1e-6):
-        scaling["yarn_attn_factor"] = rope.attention_scale / own
-    return scaling
+    if spec.family == "qwen2" and spec.q_size != spec.hidden_size:
+        raise UserError(
+            f"{source} has {spec.num_heads} heads of {spec.head_dim} on a hidden size of {spec.hidden_size}, which "
+            "llama.cpp does not load for qwen2; export to onnx or safetensors"
+        )
 
 
-def _rope_divisors(spec: ModelSpec) -> np.ndarray | None:
-    """Llama 3.1's scaling exists in GGUF as a tensor [D/2] of what each frequency is divided by."""
-    if spec.rope.kind != "llama3":
-        return None
-    plain = type(spec.rope)(theta=spec.rope.theta)
-    return (inv_freq(plain, spec.head_dim)[0] / inv_freq(spec.rope, spec.head_dim)[0]).numpy()
-
-
-def _gguf_name(module: str) -> str:
-    if (top := _TOP_NAMES.get(module)) is not None:
-        return top
-    _, _, layer, part = module.split(".", 3)
-    return f"blk.{layer}.{_LAYER_NAMES[part]}"
+def _rope_scaling(spec: ModelSpec, source: str) -> tuple[dict[str, Any], np.ndarray | None]:
+    """The `rope.scaling.*` keys, and float32 [D/2] divisors of the frequencies where the keys cannot say it."""
+    rope = spec.rope
+    if rope.kind == "default":
+        return {}, None
+    if rope.kind == "linear":
+        return {"type": "linear", "factor": float(rope.factor or 1.0)}, None
+    if rope.kind == "yarn" and (rope.beta_fast, rope.beta_slow, rope.truncate) == (32.0, 1.0, True):
+        assert rope.factor is not None
+        assert rope.original_max_position is not None
+        scaling: dict[str, Any] = {
+            "type": "yarn",
+            "factor": float(rope.factor),
+            "original_context_length": rope.original_max_position,
+            "yarn_beta_fast": rope.beta_fast,
+            "yarn_beta_slow": rope.beta_slow,
+        }
+        own = 0.1 * math.log(rope.factor) + 1.0  # llama.cpp applies this by itself; the key multiplies it
+        if not math.isclose(rope.attention_scale, own, rel_tol=1e-6):
+            scaling["attn_factor"] = rope.attention_scale / own
+        return scaling, None
+    if WRITTEN_AS[spec.family] != "llama":
+        detail = rope.kind if rope.kind != "yarn" else "yarn with other betas than 32 and 1, or truncate false"
+        raise UserError(
+            f"{source} has rope type {detail}, which llama.cpp cannot be told for {spec.family}; "
+            "extend with --method yarn or theta"
+        )
+    scaling = {} if rope.original_max_position is None else {"original_context_length": rope.original_max_position}
+    if rope.attention_scale != 1.0:
+        scaling["attn_factor"] = rope.attention_scale
+    plain = type(rope)(theta=rope.theta)
+    divisors = inv_freq(plain, spec.head_dim)[0] / inv_freq(rope, spec.head_dim)[0]
+    return scaling, divisors.numpy()
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -270,14 +280,33 @@ def _verify(path: Path, spec: ModelSpec, plan: list[_Item], files: Mapping[str, 
     if found != expected:
         name = sorted(set(found.items()) ^ set(expected.items()))[0][0]
         raise CheckFailed(f"tensor {name} of {path.name} is {found.get(name)}, expected {expected.get(name)}")
-    for name in expected:
-        if not torch.isfinite(written.tensor(name)).all():
-            raise CheckFailed(f"tensor {name} of {path.name} holds values that are not finite; the export is wrong")
+    for item in plan:
+        digest = hashlib.sha256()
+        for raw, values in written.raw_blocks(item.hf_name):
+            digest.update(raw.data)
+            if not np.isfinite(values).all():
+                raise CheckFailed(f"tensor {item.hf_name} of {path.name} holds values that are not finite")
+        if digest.digest() != item.digest:
+            raise CheckFailed(f"tensor {item.hf_name} of {path.name} reads back with other bytes; the disk is faulty")
     positions = torch.tensor([1, spec.max_position - 1])
     tables = [torch.cat(cos_sin(s.rope, s.head_dim, positions)) for s in (spec, again)]
     # the base is float32 in GGUF, so far angles differ by up to position * 1e-7
     if not torch.allclose(tables[0], tables[1], atol=1e-6 * spec.max_position + 1e-5):
         raise CheckFailed(f"{path.name} reads back with another RoPE table; the export is wrong")
-    texts = [Tokenizer.from_files(each).encode(PROBE) for each in (files, written.files)]
-    if texts[0] != texts[1]:
-        raise CheckFailed(f"{path.name} reads back with a tokenizer that splits text differently; the export is wrong")
+    _verify_tokenizer(path.name, files, written.files)
+
+
+def _verify_tokenizer(name: str, files: Mapping[str, bytes], again: Mapping[str, bytes]) -> None:
+    ours, theirs = Tokenizer.from_files(files), Tokenizer.from_files(again)
+    if ours.encode(PROBE) != theirs.encode(PROBE):
+        raise CheckFailed(f"{name} reads back with a tokenizer that splits text differently; the export is wrong")
+    vocabulary = json.loads(again["tokenizer.json"])
+    ids = vocabulary["model"]["vocab"] | {entry["content"]: entry["id"] for entry in vocabulary["added_tokens"]}
+    source = json.loads(files["tokenizer.json"])
+    wanted = source["model"]["vocab"] | {entry["content"]: entry["id"] for entry in source.get("added_tokens", [])}
+    if changed := [token for token, number in wanted.items() if ids.get(token) != number]:
+        raise CheckFailed(
+            f"token {changed[0]!r} of {name} reads back as {ids.get(changed[0])}, expected {wanted[changed[0]]}"
+        )
+    if chat_template(files) != chat_template(again):
+        raise CheckFailed(f"{name} reads back with another chat template; the export is wrong")

@@ -1,16 +1,15 @@
 """A GGUF file as a `TensorSource`: HF tensor names, HF row order, float32, and the config.json the file implies.
 
 Every storage type the `gguf` library can dequantize is read, one tensor at a time; packed integers are not kept.
-The surprising rule: llama.cpp stores q and k of the `llama` architecture with the two halves of each head interleaved,
-and of the Qwen architectures as they are, so the permutation is undone by architecture and not by tensor name.
-Llama 3.1's RoPE scaling is not in the metadata at all, only as a table of divisors (`rope_freqs.weight`).
+The surprising rule: RoPE scaling need not be in the metadata at all. A table of divisors (`rope_freqs.weight`) is read
+as Llama 3.1's scaling where it is that, and else as a LongRoPE table, which says the same thing of any length.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +18,11 @@ import numpy as np
 import torch
 
 from lcconvert.convert.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from lcconvert.convert.gguf_names import ARCHITECTURES, ROPE_DIVISORS, hf_name, row_order
 from lcconvert.convert.gguf_tokenizer import special_token_ids, tokenizer_files
 from lcconvert.runtime.errors import UserError
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_ROPE_DIVISORS = "rope_freqs.weight"
-# GGUF architecture -> (HF model_type, HF class, q/k rows are interleaved)
-_ARCHITECTURES = {
-    "llama": ("llama", "LlamaForCausalLM", True),
-    "mistral": ("mistral", "MistralForCausalLM", True),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM", False),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM", False),
-}
+_BLOCK_BYTES = 1 << 26  # float32 bytes of a tensor dequantized at a time; the library makes several copies
 _LLAMA3_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -57,14 +36,14 @@ class GgufSource:
         self._metadata = header.metadata
         stored = _with_other_parts(path, header)
         self._arch = str(self._metadata.get("general.architecture"))
-        if self._arch not in _ARCHITECTURES:
+        if self._arch not in ARCHITECTURES:
             raise UserError(
-                f"{path} holds architecture {self._arch!r}, expected one of {', '.join(_ARCHITECTURES)}; "
+                f"{path} holds architecture {self._arch!r}, expected one of {', '.join(ARCHITECTURES)}; "
                 "convert the original checkpoint instead"
             )
-        self._divisors = stored.pop(_ROPE_DIVISORS, None)
-        self._tensors = {_hf_name(name, path): (name, entry) for name, entry in stored.items()}
-        for kind in sorted({entry.kind for _, entry in self._tensors.values()}):
+        self._divisors = stored.pop(ROPE_DIVISORS, None)
+        self._tensors = {_hf_name(name, path): entry for name, entry in stored.items()}
+        for kind in sorted({entry.kind for entry in self._tensors.values()}):
             self._check_readable(kind)
         self.config = self._config()
         self.files = self._files()
@@ -86,32 +65,48 @@ class GgufSource:
         return list(self._tensors)
 
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        return torch.float32, self._entry(name)[1].shape
+        return torch.float32, self._entry(name).shape
 
     def tensor(self, name: str) -> torch.Tensor:
-        stored, entry = self._entry(name)
+        entry = self._entry(name)
         values = self._read(entry)
-        part = stored.split(".")[-2]
-        if _ARCHITECTURES[self._arch][2] and part in ("attn_q", "attn_k"):
-            heads = self.config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-            # [heads, D/2, 2, ...] -> [heads, 2, D/2, ...]
-            values = values.reshape(heads, values.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(entry.shape)
-        return torch.from_numpy(np.ascontiguousarray(values))
+        heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
+        order = row_order(name, self._arch, len(values), heads, kv_heads)
+        if order is not None:
+            stored, values = values, np.empty_like(values)
+            values[order] = stored
+        return torch.from_numpy(values)
 
-    def _entry(self, name: str) -> tuple[str, GgufTensor]:
+    def raw_blocks(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """A tensor as the file holds it, rows in its own order, some MB at a time.
+
+        Yields the stored bytes, uint8 [rows, bytes of a row], and their values, float32 [rows, width].
+        """
+        return self._blocks(self._entry(name))
+
+    def _entry(self, name: str) -> GgufTensor:
         try:
             return self._tensors[name]
         except KeyError:
             raise UserError(f"tensor {name} is not in {self.name}; the checkpoint is incomplete") from None
 
     def _read(self, entry: GgufTensor) -> np.ndarray:
-        raw = np.fromfile(entry.path, dtype=np.uint8, count=entry.size, offset=entry.start)
-        if entry.kind == gguf.GGMLQuantizationType.F32:
-            return raw.view(np.float32).reshape(entry.shape)
-        if entry.kind == gguf.GGMLQuantizationType.F16:
-            return raw.view(np.float16).astype(np.float32).reshape(entry.shape)
-        rows = math.prod(entry.shape[:-1])
-        return gguf.dequantize(raw.reshape(rows, -1), entry.kind).reshape(entry.shape)
+        values = np.empty((math.prod(entry.shape[:-1]), entry.shape[-1]), np.float32)
+        at = 0
+        for _, block in self._blocks(entry):
+            values[at : at + len(block)] = block
+            at += len(block)
+        return values.reshape(entry.shape)
+
+    def _blocks(self, entry: GgufTensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        rows, width = math.prod(entry.shape[:-1]), entry.shape[-1]
+        row_bytes, step = entry.size // rows, max(1, _BLOCK_BYTES // (4 * width))
+        with entry.path.open("rb") as file:
+            file.seek(entry.start)
+            for start in range(0, rows, step):
+                raw = np.fromfile(file, np.uint8, count=min(step, rows - start) * row_bytes)
+                raw = raw.reshape(-1, row_bytes)
+                yield raw, gguf.dequantize(raw, entry.kind)
 
     def _check_readable(self, kind: gguf.GGMLQuantizationType) -> None:
         if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
@@ -131,9 +126,9 @@ class GgufSource:
         return value
 
     def _config(self) -> dict[str, Any]:
-        model_type, architecture, _ = _ARCHITECTURES[self._arch]
+        model_type, architecture = ARCHITECTURES[self._arch]
         if model_type == "llama" and str(self._metadata.get("general.basename", "")).lower() == "mistral":
-            model_type, architecture, _ = _ARCHITECTURES["mistral"]  # llama.cpp files Mistral under llama
+            model_type, architecture = ARCHITECTURES["mistral"]  # llama.cpp files Mistral under llama
         hidden, heads = self._key("embedding_length"), self._key("attention.head_count")
         head_dim = self._metadata.get(f"{self._arch}.attention.key_length") or hidden // heads
         context = self._key("context_length")
@@ -150,7 +145,7 @@ class GgufSource:
             "head_dim": head_dim,
             "max_position_embeddings": context,
             "rms_norm_eps": self._key("attention.layer_norm_rms_epsilon"),
-            "vocab_size": self._entry("model.embed_tokens.weight")[1].shape[0],
+            "vocab_size": self._entry("model.embed_tokens.weight").shape[0],
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             **self._rope(head_dim, context),
             **{
@@ -185,7 +180,7 @@ class GgufSource:
         prefix = "rope.scaling."
         kind = str(self._key(prefix + "type", "none"))
         if self._divisors is not None:
-            return self._llama3_scaling(self._divisors, theta, head_dim)
+            return self._scaling_by_table(self._divisors, theta, head_dim, context)
         if kind == "none":
             return {}
         factor = float(self._key(prefix + "factor"))
@@ -201,27 +196,36 @@ class GgufSource:
                 "beta_fast": float(self._key(prefix + "yarn_beta_fast", 32.0)),
                 "beta_slow": float(self._key(prefix + "yarn_beta_slow", 1.0)),
             }
-            for key in ("yarn_attn_factor", "attn_factor"):  # llama.cpp multiplies this onto YaRN's own temperature
-                if (extra := self._metadata.get(f"{self._arch}.{prefix}{key}")) is not None:
-                    scaling["attention_factor"] = float(extra) * (0.1 * math.log(factor) + 1.0)
-                    break
+            if (extra := self._metadata.get(f"{self._arch}.{prefix}attn_factor")) is not None:
+                own = 0.1 * math.log(factor) + 1.0  # YaRN's own temperature, which llama.cpp multiplies by the key
+                scaling["attention_factor"] = float(extra) * own
             return scaling
         raise UserError(f"{self.path} has rope.scaling.type {kind!r}, expected none, linear or yarn")
 
-    def _llama3_scaling(self, table: GgufTensor, theta: float, head_dim: int) -> dict[str, Any]:
-        """Recovers the llama3 parameters from the divisors and checks that they reproduce every one of them."""
+    def _scaling_by_table(self, table: GgufTensor, theta: float, head_dim: int, context: int) -> dict[str, Any]:
+        """llama3 if its parameters, recovered from the table, reproduce every divisor; else the table itself."""
         divisors = self._read(table).reshape(-1).astype(np.float64)
+        if divisors.shape != (head_dim // 2,) or not (np.isfinite(divisors) & (divisors > 0)).all():
+            raise UserError(
+                f"{self.path} has a {ROPE_DIVISORS} table of {len(divisors)} values, expected {head_dim // 2} positive "
+                "ones (half a head); fetch it again"
+            )
         factor = float(divisors.max())
         low, high = _LLAMA3_BANDS["low_freq_factor"], _LLAMA3_BANDS["high_freq_factor"]
         turns = _LLAMA3_BANDS["original_max_position_embeddings"] * theta ** (-np.arange(0, head_dim, 2) / head_dim)
         smooth = np.clip((turns / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
-        expected = 1.0 / ((1.0 - smooth) / factor + smooth)
-        if expected.shape != divisors.shape or not np.allclose(divisors, expected, rtol=1e-4):
-            raise UserError(
-                f"{self.path} has a {_ROPE_DIVISORS} table that is not Llama 3.1 scaling of an 8192 window; "
-                "convert the original checkpoint instead"
-            )
-        return {"rope_type": "llama3", "factor": factor, **_LLAMA3_BANDS}
+        scale = float(self._key("rope.scaling.attn_factor", 1.0))
+        if scale == 1.0 and np.allclose(divisors, 1.0 / ((1.0 - smooth) / factor + smooth), rtol=1e-4):
+            return {"rope_type": "llama3", "factor": factor, **_LLAMA3_BANDS}
+        original = int(self._key("rope.scaling.original_context_length", context))
+        return {
+            "rope_type": "longrope",
+            "short_factor": divisors.tolist(),
+            "long_factor": divisors.tolist(),
+            "factor": context / original,
+            "original_max_position_embeddings": original,
+            "attention_factor": scale,
+        }
 
 
 def _with_other_parts(path: Path, header: GgufHeader) -> dict[str, GgufTensor]:
@@ -244,10 +248,8 @@ def _with_other_parts(path: Path, header: GgufHeader) -> dict[str, GgufTensor]:
 
 
 def _hf_name(name: str, path: Path) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
-    match name.split("."):
-        case [part, ("weight" | "bias") as kind] if part in _TOP:
-            return f"{_TOP[part]}.{kind}"
-        case ["blk", layer, part, ("weight" | "bias") as kind] if part in _BLOCK and layer.isdigit():
-            return f"model.layers.{layer}.{_BLOCK[part]}.{kind}"
-    raise UserError(f"{path} holds tensor {name}, which no supported architecture has; convert the original checkpoint")
+    if (known := hf_name(name)) is None:
+        raise UserError(
+            f"{path} holds tensor {name}, which no supported architecture has; convert the original checkpoint"
+        )
+    return known

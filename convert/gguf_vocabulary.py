@@ -54,7 +54,7 @@ def vocabulary_metadata(files: Mapping[str, bytes], rows: int, source: str) -> d
     tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
     metadata |= _special_ids(files, tokenizer)
     metadata["tokenizer.ggml.pre"] = _rule_of(tokenizer, metadata, source)
-    if (template := _chat_template(files)) is not None:
+    if (template := chat_template(files)) is not None:
         metadata["tokenizer.chat_template"] = template
     return metadata
 
@@ -92,7 +92,8 @@ def _special_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict[str, 
     return ids
 
 
-def _chat_template(files: Mapping[str, bytes]) -> str | None:
+def chat_template(files: Mapping[str, bytes]) -> str | None:
+    """The Jinja template, from its own file or from tokenizer_config.json."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode()
     template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from gguf_files import tiny_model as gguf_model
@@ -14,11 +17,14 @@ from safetensors.torch import load_file, save_file
 from test_export_onnx import quantized, random_ids
 from tiny import FAMILIES, write_tiny
 
+from lcconvert.convert import gguf_export
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.export import ExportConfig, export
-from lcconvert.convert.rope_methods import Method, extend_rope
+from lcconvert.convert.gguf_header import read_gguf_header
+from lcconvert.convert.gguf_names import ROPE_DIVISORS
+from lcconvert.convert.rope_methods import extend_rope
 from lcconvert.kernels.int4 import dequantize_int4
-from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.errors import CheckFailed, UserError
 from lcconvert.runtime.model import load_decoder
 from lcconvert.runtime.rope import RopeSpec, cos_sin
 from lcconvert.runtime.source import FolderSource, TensorSource
@@ -91,9 +97,23 @@ def test_a_scale_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
 
 
-@pytest.mark.parametrize("method", ["linear", "ntk", "theta", "yarn"])
-def test_rope_reads_back(tmp_path: Path, method: Method) -> None:
-    rope = extend_rope(RopeSpec(), method, head_dim=16, trained=64, context=1024)
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = {
+    **{
+        name: extend_rope(RopeSpec(), name, head_dim=16, trained=64, context=1024)
+        for name in ("linear", "ntk", "theta", "yarn", "longrope")
+    },
+    "yarn with its own temperature": RopeSpec(kind="yarn", factor=16.0, original_max_position=64, attention_factor=1.5),
+    "yarn with other betas": RopeSpec(kind="yarn", factor=16.0, original_max_position=64, beta_fast=8.0, beta_slow=2.0),
+    "untruncated yarn": RopeSpec(kind="yarn", factor=16.0, original_max_position=64, truncate=False),
+    "llama3 of another window": RopeSpec(**LLAMA3, original_max_position=64),
+    "Llama 3.1": RopeSpec(**LLAMA3, original_max_position=8192),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_reads_back(tmp_path: Path, name: str) -> None:
+    rope = ROPES[name]
     written = gguf_of(with_rope(write_tiny(tmp_path / "src"), rope, 1024), tmp_path / "out")
     again = ModelSpec.from_config(written.config)
     at = torch.tensor([0, 1, 700, 1023])
@@ -102,29 +122,57 @@ def test_rope_reads_back(tmp_path: Path, method: Method) -> None:
     assert again.max_position == 1024
 
 
-def test_yarn_attention_factor_of_its_own_reads_back(tmp_path: Path) -> None:
-    rope = RopeSpec(kind="yarn", factor=4.0, original_max_position=512, attention_factor=1.5)
-    written = gguf_of(with_rope(write_tiny(tmp_path / "src"), rope, 2048), tmp_path / "out")
-    assert ModelSpec.from_config(written.config).rope.attention_scale == pytest.approx(1.5)
+def test_only_keys_that_llama_cpp_reads_carry_the_rope(tmp_path: Path) -> None:
+    """Of YaRN's keys it reads factor and window; betas are 32 and 1, and `yarn_attn_factor` is overwritten."""
+    for name in ("yarn with its own temperature", "yarn with other betas", "Llama 3.1"):
+        src = with_rope(write_tiny(tmp_path / name), ROPES[name], 1024)
+        gguf_of(src, tmp_path / f"out {name}")
+    header = {path.parent.name: read_gguf_header(path) for path in tmp_path.rglob("*.gguf")}
+    prefix = "llama.rope.scaling."
+    yarn = header["out yarn with its own temperature"]
+    assert yarn.metadata[prefix + "attn_factor"] == pytest.approx(1.5 / (0.1 * math.log(16) + 1))
+    assert prefix + "yarn_attn_factor" not in yarn.metadata
+    assert ROPE_DIVISORS not in yarn.tensors
+    betas = header["out yarn with other betas"]
+    assert prefix + "type" not in betas.metadata
+    assert betas.metadata[prefix + "attn_factor"] == pytest.approx(0.1 * math.log(16) + 1)
+    assert betas.tensors[ROPE_DIVISORS].shape == (8,)
+    assert prefix + "attn_factor" not in header["out Llama 3.1"].metadata
 
 
-def test_llama31_scaling_is_a_table_of_divisors(tmp_path: Path) -> None:
-    rope = RopeSpec(
-        kind="llama3", theta=5e5, factor=8.0, original_max_position=8192, low_freq_factor=1.0, high_freq_factor=4.0
-    )
-    src = with_rope(write_tiny(tmp_path / "src", hidden_size=256, head_dim=64), rope, 131_072)
-    again = ModelSpec.from_config(gguf_of(src, tmp_path / "out").config)
-    assert (again.rope.kind, again.rope.factor) == ("llama3", pytest.approx(8.0))
-
-
-@pytest.mark.parametrize("kind", ["longrope", "untruncated yarn"])
-def test_rope_that_gguf_cannot_say_is_refused(tmp_path: Path, kind: str) -> None:
-    rope = extend_rope(RopeSpec(), "longrope", head_dim=16, trained=64, context=1024)
-    if kind != "longrope":
-        rope = RopeSpec(kind="yarn", factor=4.0, original_max_position=512, truncate=False)
-    src = with_rope(write_tiny(tmp_path / "src"), rope, 1024)
-    with pytest.raises(UserError, match="GGUF metadata cannot express"):
+@pytest.mark.parametrize("name", ["longrope", "untruncated yarn", "Llama 3.1"])
+def test_rope_that_llama_cpp_cannot_be_told_is_refused(tmp_path: Path, name: str) -> None:
+    src = with_rope(write_tiny(tmp_path / "src", "qwen2"), ROPES[name], 1024)
+    with pytest.raises(UserError, match=r"which llama\.cpp cannot be told for qwen2"):
         gguf_of(src, tmp_path / "out")
+
+
+def test_tensors_that_llama_cpp_has_no_place_for_are_refused(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "biases", "qwen3", attention_bias=True)
+    with pytest.raises(UserError, match=r"biases in its o_proj layers, which llama\.cpp does not load for qwen3"):
+        gguf_of(tmp_path / "biases", tmp_path / "out")
+    write_tiny(tmp_path / "wide", "qwen2", head_dim=32)
+    with pytest.raises(UserError, match="4 heads of 32 on a hidden size of 64"):
+        gguf_of(tmp_path / "wide", tmp_path / "out")
+
+
+def test_what_reads_back_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = write_tiny(tmp_path / "src")
+    real = gguf.GGUFWriter.write_tensor_data
+
+    def flipped(self: gguf.GGUFWriter, tensor: np.ndarray) -> None:
+        changed = tensor.copy()
+        changed[-1, 0] ^= 1
+        real(self, changed)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", flipped)
+    with pytest.raises(CheckFailed, match=r"tensor model\.embed_tokens\.weight .* reads back with other bytes"):
+        gguf_of(src, tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(gguf_export, "chat_template", lambda files, seen=[]: seen.append(files) or len(seen))
+    with pytest.raises(CheckFailed, match="another chat template"):
+        gguf_of(src, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
 
 
 def test_tokenizer_and_template_go_round(tmp_path: Path) -> None:

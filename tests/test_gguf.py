@@ -172,8 +172,21 @@ def test_llama3_scaling_comes_from_the_divisor_table(tmp_path: Path) -> None:
     source = GgufSource(write_gguf(tmp_path / "a", model, extra_tensors={"rope_freqs.weight": divisors}))
     assert source.config["rope_scaling"] == scaling
     assert "rope_freqs.weight" not in source.names()
-    with pytest.raises(UserError, match=r"rope_freqs.weight table that is not Llama 3.1 scaling"):
-        GgufSource(write_gguf(tmp_path / "b", model, extra_tensors={"rope_freqs.weight": divisors * 1.5}))
+    with pytest.raises(UserError, match=r"rope_freqs.weight table of 4 values, expected 8"):
+        GgufSource(write_gguf(tmp_path / "b", model, extra_tensors={"rope_freqs.weight": divisors[:4]}))
+
+
+def test_another_divisor_table_is_read_as_it_is(tmp_path: Path) -> None:
+    divisors = np.linspace(1.0, 7.0, 8, dtype=np.float32)
+    key = "llama.rope.scaling."
+    found = rope_of(
+        tmp_path / "a",
+        {key + "attn_factor": 1.25, key + "original_context_length": 128},
+        extra_tensors={"rope_freqs.weight": divisors},
+    )
+    assert found["rope_type"] == "longrope"
+    assert found["short_factor"] == found["long_factor"] == divisors.tolist()
+    assert (found["attention_factor"], found["original_max_position_embeddings"], found["factor"]) == (1.25, 128, 2.0)
 
 
 def test_other_ends_of_turn_are_in_generation_config(tmp_path: Path) -> None:
