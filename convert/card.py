@@ -7,15 +7,18 @@ base model. What was not measured is said to be unmeasured, in the text and by i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import yaml
 
 from lcconvert.convert.results import Needles, Perplexity, Report
 from lcconvert.runtime.sidecar import Sidecar
 from lcconvert.runtime.units import format_bytes, format_count
 
 MARK = "<!-- written by lcconvert push; delete this line to keep your own edits -->"
+EVAL_RESULTS = ".eval_results/lcconvert.yaml"
 _RELATION = {"extended": "finetune", "pro": "quantized", "flash": "quantized"}
 _WEIGHTS = {
     "pro": "fp8 (e4m3) weights with one scale per output channel",
@@ -28,7 +31,7 @@ class CardFacts:
     """All that a card is made of. `pictures` are paths inside the repo; `engine` is the weights' format."""
 
     repo: str
-    license: str
+    license: Mapping[str, str]  # the Hub's identifier as `license`, and the name and link of one that is "other"
     base_model: str | None
     config: dict[str, Any]
     sidecar: Sidecar
@@ -44,58 +47,92 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _metadata(facts: CardFacts) -> str:
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
-    variant, report = facts.sidecar.variant, facts.report
-    extra: dict[str, Any] = {}
+    variant = facts.sidecar.variant
+    rows = [
+        EvalResult(
+            task_type="text-generation", dataset_type=figure.dataset, dataset_config=str(figure.size),
+            dataset_name=figure.name, metric_type=figure.metric, metric_name=figure.metric_name,
+            metric_value=figure.value,
+        )
+        for figure in (_figures(facts.report) if facts.report is not None else ())
+    ]  # fmt: skip
+    extra: dict[str, Any] = {key: value for key, value in facts.license.items() if key != "license"}
     if facts.base_model is not None and variant in _RELATION:
         extra["base_model_relation"] = _RELATION[variant]
     data = ModelCardData(
         base_model=facts.base_model,
-        license=facts.license,
+        license=facts.license["license"],
         library_name={"onnx": "onnxruntime", "gguf": "gguf"}.get(facts.engine, "transformers"),
         pipeline_tag="text-generation",
         tags=["lcconvert", "long-context", facts.engine, *([variant] if variant in _WEIGHTS else [])],
-        model_name=facts.repo.rpartition("/")[2],
-        eval_results=list(_eval_results(report)) or None if report is not None else None,
+        model_name=facts.repo.rpartition("/")[2] if rows else None,
+        eval_results=rows or None,
         **extra,
     )
-    if report is None:
-        data.model_name = None
     return data.to_yaml() + "\n"
 
 
-def _eval_results(report: Report) -> Iterable[Any]:
-    """model-index rows: needles per length, perplexity per context, agreement with the reference."""
-    from huggingface_hub import EvalResult
+def eval_results(facts: CardFacts) -> str | None:
+    """The measured figures in the Hub's newer form, the text of `EVAL_RESULTS`; None when there are none.
 
-    def row(dataset: str, size: str, name: str, metric: str, metric_name: str, value: float) -> EvalResult:
-        return EvalResult(
-            task_type="text-generation", dataset_type=dataset, dataset_config=size, dataset_name=name,
-            metric_type=metric, metric_name=metric_name, metric_value=round(value, 6),
-        )  # fmt: skip
+    A dataset there is a Hub id. These texts have none, so theirs are under `lcconvert/` and link to the report.
+    """
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
+    if facts.report is None:
+        return None
+    entries = [
+        EvalResultEntry(
+            dataset_id=figure.dataset.replace("-", "/", 1),
+            task_id=f"{figure.metric}_{figure.size}",
+            value=figure.value,
+            date=facts.report.created,
+            source_url=f"https://huggingface.co/{facts.repo}/blob/main/validation/report.json",
+            source_name="lcconvert validate",
+            notes=f"{figure.metric_name}. {figure.name}",
+        )
+        for figure in _figures(facts.report)
+    ]
+    if not entries:
+        return None
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """One measured number: on which text, at which length in tokens, by which metric."""
+
+    dataset: str
+    size: int
+    name: str
+    metric: str
+    metric_name: str
+    value: float
+
+
+def _figures(report: Report) -> Iterator[_Figure]:
+    """Needles per length, perplexity per context, agreement with the reference."""
     for at in report.needles.by_length if report.needles else []:
         if at.state == "measured" and at.n:
             name = f"Needles at {format_count(at.length)} tokens"
-            yield row("lcconvert-needles", str(at.length), name, "accuracy", "Found (strict)", at.strict / at.n)
-    for point in report.perplexity.by_context if report.perplexity else []:
-        if point.ppl is not None:
-            name = f"{report.perplexity.text.name}, window {format_count(point.context)}"  # type: ignore[union-attr]
-            yield row("lcconvert-perplexity", str(point.context), name, "perplexity", "Perplexity", point.ppl)
+            yield _Figure(
+                "lcconvert-needles", at.length, name, "accuracy", "Found (strict)", round(at.strict / at.n, 6)
+            )
+    if (perplexity := report.perplexity) is not None:
+        for point in perplexity.by_context:
+            if point.ppl is not None:
+                name = f"{perplexity.text.name}, window {format_count(point.context)}"
+                ppl = round(point.ppl, 6)
+                yield _Figure("lcconvert-perplexity", point.context, name, "perplexity", "Perplexity", ppl)
     if (agreement := report.agreement) is not None:
-        name = f"Same tokens as {agreement.reference}"
-        yield row(
-            "lcconvert-agreement", str(agreement.tokens), name, "accuracy", "Top-1 agreement", agreement.prefill.top1
-        )
-        yield row(
-            "lcconvert-agreement",
-            str(agreement.tokens),
-            name,
-            "kl_divergence",
-            "Mean KL (nats)",
-            agreement.prefill.mean_kl,
-        )
+        name, both = f"Same tokens as {agreement.reference}", agreement.prefill
+        for metric, metric_name, value in (
+            ("accuracy", "Top-1 agreement", both.top1),
+            ("kl_divergence", "Mean KL (nats)", both.mean_kl),
+        ):
+            yield _Figure("lcconvert-agreement", agreement.tokens, name, metric, metric_name, round(value, 6))
 
 
 def _title(facts: CardFacts) -> str:

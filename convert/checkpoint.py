@@ -1,5 +1,6 @@
 """Opens whatever the user names as a checkpoint: an HF folder, a GGUF file, a Hub id, or the GGUF in a Python package.
 
+A Hub id may end in @REVISION (a branch, tag or commit); the source's name says which commit that was.
 Nothing is converted here and no weight is read: the result is a `TensorSource` that yields tensors one at a time.
 From the Hub only safetensors, JSON and tokenizer files are fetched; pickled weights are never downloaded or opened.
 """
@@ -18,12 +19,15 @@ _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")  # of a model split over several files
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.json", "LICENSE*"]
-_FORMS = "give an HF checkpoint folder, a .gguf file, package:NAME or a Hub id such as owner/model"
+_HUB_PATTERNS = [
+    *("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.json"),
+    *("README.md", "LICENSE*", "NOTICE*"),  # the card names the licence
+]
+_FORMS = "give an HF checkpoint folder, a .gguf file, package:NAME or a Hub id such as owner/model or owner/model@v1"
 
 
-def open_checkpoint(src: str | Path, *, revision: str | None = None) -> TensorSource:
-    """Opens `src`; `revision` is a branch, tag or commit of a Hub id. UserError says what is wrong in one sentence."""
+def open_checkpoint(src: str | Path) -> TensorSource:
+    """Opens `src`; UserError says what is wrong in one sentence."""
     text = str(src)
     if text.startswith(_PACKAGE):
         return GgufSource(_packaged_gguf(text.removeprefix(_PACKAGE)))
@@ -32,12 +36,25 @@ def open_checkpoint(src: str | Path, *, revision: str | None = None) -> TensorSo
         return _open_file(path)
     if path.is_dir():
         return _open_folder(path)
-    if _HUB_ID.fullmatch(text) and path.suffix not in {".gguf", ".safetensors"} | _PICKLED:
-        folder = _download(text, revision)
+    if is_hub_id(text):
+        folder = hub_folder(text)
         source = FolderSource(folder)
-        source.name = f"{text}@{folder.name}"  # the cache names the folder by its commit
+        source.name = f"{text.partition('@')[0]}@{folder.name}"  # the cache names the folder by its commit
         return source
     raise UserError(f"{text} does not exist; {_FORMS}")
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text`, which is no local path, can be owner/model or owner/model@revision."""
+    repo, at, revision = text.partition("@")
+    named = _HUB_ID.fullmatch(repo) and Path(repo).suffix not in {".gguf", ".safetensors"} | _PICKLED
+    return bool(named) and bool(revision or not at)
+
+
+def hub_folder(name: str, *, whole: bool = False) -> Path:
+    """The cached snapshot of a Hub id, fetched where it is not there yet: what a checkpoint needs, or all its files."""
+    repo, _, revision = name.partition("@")
+    return _download(repo, revision or None, None if whole else _HUB_PATTERNS)
 
 
 def _open_folder(path: Path) -> TensorSource:
@@ -75,7 +92,7 @@ def _packaged_gguf(name: str) -> Path:
     return found[0]
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, patterns: list[str] | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -87,7 +104,7 @@ def _download(repo: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
         raise UserError(f"Hub model {repo} is gated; accept its terms on its page and run `hf auth login`") from None
     except RepositoryNotFoundError:

@@ -47,7 +47,8 @@ class Verb(click.Command):
 def cli(debug: bool) -> None:
     """Turn a short-context checkpoint into a validated long-context artifact that one GPU serves at 1M tokens.
 
-    SRC is an HF folder, a .gguf file, a Hub id, or package:NAME for a GGUF inside an installed package.
+    SRC is an HF folder, a .gguf file, a Hub id (owner/model or owner/model@revision), or package:NAME for a GGUF
+    inside an installed package.
     """
     if debug:
         os.environ["LCCONVERT_DEBUG"] = "1"
@@ -90,11 +91,16 @@ def _report(message: str) -> None:
 @click.argument("src")
 @click.option("--context", type=SIZE, help="Context to plan memory for; default: the checkpoint's own.")
 @click.option("--gpu", type=SIZE, default=str(80 * 10**9), show_default="80 GB", help="GPU memory in bytes.")
+@click.option("--verify", "verifying", is_flag=True, help="Only hash every file again and compare; 1 on a mismatch.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect_command(src: str, context: int | None, gpu: int, as_json: bool) -> None:
+def inspect_command(src: str, context: int | None, gpu: int, verifying: bool, as_json: bool) -> None:
     """Print what a checkpoint is, the RoPE it really applies, its memory plan, and faults found."""
-    from lcconvert.convert.inspect import inspect, render
+    from lcconvert.convert.inspect import inspect, render, verify
 
+    if verifying:
+        files = verify(src)
+        click.echo(json.dumps(files, indent=2) if as_json else f"{src}: {len(files)} files are as they were written")
+        return
     report = inspect(src, context=context, gpu_bytes=gpu)
     click.echo(json.dumps(report, indent=2) if as_json else render(report, gpu))
 

@@ -9,15 +9,15 @@ quantized artifact stays quantized with its own integers and nothing is ever qua
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
 
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.progress import progress
+from lcconvert.convert.provenance import made_with, named_source, origin
 from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.model import check_finite
@@ -83,12 +83,8 @@ def export(src: str, out: Path, config: ExportConfig) -> Path:
 def exported_sidecar(source: TensorSource, src: str, config: ExportConfig) -> Sidecar:
     """The source's sidecar with this export added to its provenance; what it says about its own source stays."""
     sidecar = Sidecar.read(source)
-    step: dict[str, Any] = {
-        "source": src,
-        "config": config.model_dump(mode="json"),
-        "versions": {name: version(name) for name in ("lcconvert", "torch")},
-    }
-    return sidecar.model_copy(update={"provenance": {"source": src, **sidecar.provenance, "export": step}})
+    step = {**named_source(src, source), "config": config.model_dump(mode="json"), **made_with("cpu")}
+    return sidecar.model_copy(update={"provenance": {**origin(src, source), "export": step}})
 
 
 def _export_safetensors(source: TensorSource, sidecar: Sidecar, out: Path, config: ExportConfig) -> Path:

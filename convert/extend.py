@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ import torch
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.corpus import Corpus
 from lcconvert.convert.extend_config import ExtendConfig, Stage
+from lcconvert.convert.license import source_license
+from lcconvert.convert.provenance import made_with, named_source, text_names
 from lcconvert.convert.rope_methods import extend_rope
 from lcconvert.convert.trainer import HOW_TO_RESUME, remove_state, train
 from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
@@ -65,7 +66,7 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
     with new_folder(Path(out), keep_on_stop=resume, need_bytes=need) as folder:
         stretched = _Stretched(source, extended_config(source.config, rope, config.context))
         decoder = load_decoder(stretched, device=device, dtype=torch.float32 if config.plan else torch.bfloat16)
-        provenance = _provenance(source, src, stretched.sha256(), config)
+        provenance = _provenance(source, src, stretched.sha256(), config) | made_with(device, "accelerate")
         if config.plan:
             tokens = sum(stage.rows * stage.seq_len for stage in config.plan)
             corpus = Corpus.read(config.data, tokenizer, need=tokens, seed=config.seed)
@@ -148,15 +149,16 @@ class _Stretched:
 
 
 def _provenance(source: TensorSource, src: str, digest: str, config: ExtendConfig) -> dict[str, Any]:
-    earlier = Sidecar.read(source)  # an extended checkpoint may be extended again
+    earlier = Sidecar.read(source).provenance  # an extended checkpoint may be extended again
+    settings = config.model_dump(mode="json") | {"method": config.resolved_method, "data": text_names(config.data)}
     return {
         "stage": "extend",
-        "source": src,
+        **named_source(src, source),
+        **({"base_model": earlier.get("base_model", earlier["source"])} if "source" in earlier else {}),
         "source_tensors_sha256": digest,
-        "license": earlier.provenance.get("license") or source.config.get("license"),
-        "native_context": earlier.provenance.get("native_context") or source.config["max_position_embeddings"],
-        "config": {**config.model_dump(mode="json"), "method": config.resolved_method},
-        "versions": {name: version(name) for name in ("lcconvert", "torch", "accelerate")},
+        **source_license(source),
+        "native_context": earlier.get("native_context") or source.config["max_position_embeddings"],
+        "config": settings,
     }
 
 

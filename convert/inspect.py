@@ -1,12 +1,17 @@
-"""`lcconvert inspect`: what a checkpoint really is, what it would need, and what is wrong with it. Reads no weights."""
+"""`lcconvert inspect`: what a checkpoint really is, what it would need, and what is wrong with it. Reads no weights.
+
+`--verify` instead reads every byte of an artifact and compares it with the hashes its conversion recorded.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
-from lcconvert.convert.checkpoint import open_checkpoint
+from lcconvert.convert.checkpoint import hub_folder, is_hub_id, open_checkpoint
+from lcconvert.convert.hashing import verify_files
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.plan import PARTS, VARIANTS, kv_bytes_per_token, longest_context, plan_variant
 from lcconvert.runtime.rope import inv_freq
@@ -53,6 +58,19 @@ def inspect(src: str, *, context: int | None = None, gpu_bytes: int = 80 * 10**9
         "longest_context": {v: longest_context(spec, v, gpu_bytes) for v in plans},
         "faults": [*find_faults(source, spec), *impossible],
     }
+
+
+def verify(src: str) -> dict[str, str]:
+    """SHA-256 by path of every file of the artifact `src`, a folder or a Hub id, once all of them are as recorded.
+
+    CheckFailed names the files that are missing, changed or extra; UserError when `src` records no hashes.
+    """
+    folder = Path(src).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or not is_hub_id(src):
+            raise UserError(f"{src} is no folder and no Hub id; give the output folder of a conversion to verify")
+        folder = hub_folder(src, whole=True)
+    return verify_files(folder)
 
 
 def find_faults(source: TensorSource, spec: ModelSpec) -> list[str]:

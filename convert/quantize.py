@@ -11,7 +11,6 @@ a single layer cannot be quantized again alone.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.ct_layout import fp8_tensors, int4_tensors, kv_scale_tensors, quantization_config
 from lcconvert.convert.gptq import quantize_gptq
 from lcconvert.convert.progress import progress
+from lcconvert.convert.provenance import made_with, named_source, origin, text_names
 from lcconvert.convert.quantize_config import QuantizeConfig
 from lcconvert.convert.round_to_nearest import FP8, dequantize, quantize_fp8, quantize_rtn, to_fp8_grid, to_int4_grid
 from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
@@ -50,7 +50,6 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
     """
     source = open_checkpoint(src)
     plan = make_plan(source, config)
-    started = time.monotonic()
     with new_folder(out, need_bytes=plan.bytes) as folder:
         writer = ShardWriter(folder, config.max_shard)
         for name in plan.outside:
@@ -67,11 +66,11 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
                 bar.note(f"output error {max((row['output_error'] for row in rows), default=0.0):.2%}")
                 bar.advance()
         writer.close()
-        sidecar = _sidecar(src, plan, config, alphas)
+        sidecar = _sidecar(src, source, plan, config, alphas)
         write_files(folder, plan.config_json, {**source.files, sidecars.NAME: sidecar.to_bytes()})
         written = verify_folder(folder, plan.expected)
         read_scales(written, plan.spec, plan.kv.scheme)  # refuses an absent or zero KV scale on disk
-        summary = summarize(plan, report, seconds=time.monotonic() - started)
+        summary = summarize(plan, report)
         summary["selector_kept"] = kept  # by layer: share of skippable key blocks read on the first sample
         (folder / REPORT).write_text(json.dumps(summary, indent=2) + "\n")
     return out
@@ -119,7 +118,8 @@ def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
         LinearFormat("int4", _group_size(plain, ignore, config)) if config.variant == "flash" else LinearFormat("fp8")
     )
     kv = KVConfig(scheme=config.kv_scheme)
-    block = quantization_config(form, ignore, wide=config.wide, fp8_kv=kv.scheme == "fp8")
+    # engines without our K8V4 pages keep K and V in fp8; vLLM refuses scales without the scheme they belong to
+    block = quantization_config(form, ignore, wide=config.wide, fp8_kv=kv.scheme in ("fp8", "k8v4"))
     layout = QuantLayout.from_config({"quantization_config": block})
     dtype = torch.float16 if source.info("model.embed_tokens.weight")[0] == torch.float16 else torch.bfloat16
     config_json = {k: v for k, v in source.config.items() if k != "torch_dtype"}
@@ -227,7 +227,7 @@ def _errors(weight: torch.Tensor, rounded: torch.Tensor, moments: torch.Tensor |
     return {"output_error": round(float(error), 7), "sqnr_db": round(float(sqnr), 2)}
 
 
-def summarize(plan: Plan, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def summarize(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of quantization.json; `bits_per_weight` counts codes and scales of the quantized linear layers."""
     stored = {row["name"]: 0 for row in rows}
     weights = 0
@@ -240,17 +240,18 @@ def summarize(plan: Plan, rows: list[dict[str, Any]], seconds: float) -> dict[st
     return {
         "bits_per_weight": round(sum(stored.values()) / weights, 3) if weights else None,
         "bytes": plan.bytes,
-        "seconds": round(seconds, 1),
         "calibration_tokens": 0 if plan.windows is None else plan.windows.numel(),
         "linear_layers": rows,
     }
 
 
-def _sidecar(src: str, plan: Plan, config: QuantizeConfig, alphas: list[list[float]]) -> Sidecar:
+def _sidecar(src: str, source: TensorSource, plan: Plan, config: QuantizeConfig, alphas: list[list[float]]) -> Sidecar:
     attention = plan.attention
     if attention.kind == "hybrid":
         attention = attention.model_copy(update={"alpha": [[round(a, 9) for a in row] for row in alphas]})
-    provenance = {"source": src, **plan.inherited.provenance, "quantize": config.model_dump(mode="json")}
+    settings = config.model_dump(mode="json") | {"calibration": text_names(config.calibration)}
+    step = {**named_source(src, source), "config": settings, **made_with(plan.device)}
+    provenance = {**origin(src, source), "quantize": step}
     context = plan.inherited.context.model_copy(update={"validated": None})  # validated lengths are of other weights
     return Sidecar(
         variant=config.variant,

@@ -15,7 +15,6 @@ import math
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -113,7 +112,6 @@ def train(
         "steps": total,
         "tokens": first_token,
         "loss_of_last_steps": sum(last) / len(last),
-        "seconds": round(sum(row["seconds"] for row in log.rows), 1),
         "data_sha256": corpus.sha256,
     }
 
@@ -123,7 +121,6 @@ class StepResult:
     loss: float
     lr: float
     grad_norm: float
-    seconds: float
 
 
 def _stage_steps(
@@ -144,7 +141,6 @@ def _stage_steps(
     accelerator.gradient_accumulation_steps = stage.accumulate
     loader = accelerator.prepare(DataLoader(rows, batch_size=stage.batch_size))
     losses: list[float] = []
-    began = time.monotonic()
     for batch in accelerator.skip_first_batches(loader, done * stage.accumulate):
         with accelerator.accumulate(model):
             loss = model(batch["ids"], batch["positions"], batch["weights"])
@@ -154,7 +150,7 @@ def _stage_steps(
                 continue
             lr = learning_rate(stage, step)
             norm = accelerator.clip_grad_norm_(model.parameters(), clip_norm).item()
-            result = StepResult(sum(losses) / len(losses), lr, norm, round(time.monotonic() - began, 3))
+            result = StepResult(sum(losses) / len(losses), lr, norm)
             if not (math.isfinite(result.loss) and math.isfinite(norm)):
                 yield result
                 return
@@ -164,7 +160,7 @@ def _stage_steps(
             optimizer.zero_grad()
         yield result
         step += 1
-        losses, began = [], time.monotonic()
+        losses = []
 
 
 def learning_rate(stage: Stage, step: int) -> float:

@@ -279,7 +279,7 @@ def _open_log(out: Path) -> Iterator[SampleLog]:
 
 def identity(source: TensorSource) -> tuple[str, int]:
     """SHA-256 that names the weights and config of a checkpoint (hashing.py), and the bytes of its weight files."""
-    path = Path(source.name)
+    path = Path(getattr(source, "path", source.name))
     if path.is_file():
         return file_hash(path), path.stat().st_size
     weights = {file for pattern in WEIGHT_PATTERNS for file in path.glob(pattern)}

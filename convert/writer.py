@@ -1,7 +1,8 @@
 """Writes a checkpoint folder so that it either exists whole under its name or not at all.
 
 Everything goes into `NAME.partial` beside the target and is renamed when the block ends; a failed or stopped command
-removes it, or keeps it where the command can resume, and says which. `verify_folder` re-reads what was written.
+removes it, or keeps it where the command can resume, and says which. `verify_folder` re-reads what was written, and a
+folder with a sidecar ends with the hashes of its files in it.
 The surprising rule: a write error that means "disk full" reaches us in many spellings (OSError, Rust, torch's zip
 writer, numpy without errno), so it is recognised here once and becomes one sentence.
 """
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from lcconvert.convert.hashing import record_files
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
 from lcconvert.runtime.source import FolderSource
 from lcconvert.runtime.units import format_bytes
@@ -59,6 +61,7 @@ def new_folder(out: Path, *, keep_on_stop: str | None = None, need_bytes: int = 
                 "free some space or choose another output folder"
             )
         yield partial
+        record_files(partial)
         _flush(partial)
         partial.rename(out)
     except BaseException as error:

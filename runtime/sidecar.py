@@ -77,7 +77,10 @@ class ContextClaim(_Frozen):
 
 class Sidecar(_Frozen):
     """`prefill_gemm` is how layers with int4 weights multiply many rows: "fp8" expands weights and rounds activations
-    to e4m3 where the GPU has it (elsewhere 16-bit is used); layers stored otherwise do as they are stored."""
+    to e4m3 where the GPU has it (elsewhere 16-bit is used); layers stored otherwise do as they are stored.
+
+    `files` is the SHA-256 in hex of every file a conversion wrote, by its path in the folder, this one among them
+    (less what may change in it); written last, when all of them are there."""
 
     format: Literal[1] = 1
     variant: Literal["source", "extended", "pro", "flash"] = "source"
@@ -86,6 +89,7 @@ class Sidecar(_Frozen):
     attention: AttentionPolicy = AttentionPolicy()
     context: ContextClaim
     provenance: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
     def read(cls, source: TensorSource) -> Sidecar:
@@ -93,12 +97,17 @@ class Sidecar(_Frozen):
         raw = source.files.get(NAME)
         if raw is None:
             return cls(context=ContextClaim(configured=source.config["max_position_embeddings"]))
+        return cls.parse(raw, source.name)
+
+    @classmethod
+    def parse(cls, raw: bytes, where: str) -> Sidecar:
+        """The sidecar in `raw`, the file of the artifact `where`; UserError names a field that is wrong."""
         try:
             return cls.model_validate_json(raw)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"{source.name}/{NAME}: {field}: {first['msg']}; convert the checkpoint again") from None
+            raise UserError(f"{where}/{NAME}: {field}: {first['msg']}; convert the checkpoint again") from None
 
     def to_bytes(self) -> bytes:
         return self.model_dump_json(indent=2).encode() + b"\n"

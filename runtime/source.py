@@ -29,7 +29,7 @@ AUX_FILES = (
     "vocab.json",
     "merges.txt",
     "lcconvert.json",
-    "LICENSE",
+    *(f"{name}{suffix}" for name in ("LICENSE", "NOTICE") for suffix in ("", ".txt", ".md")),
 )
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DTYPES = {

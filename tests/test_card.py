@@ -22,7 +22,7 @@ def facts(**changed: Any) -> CardFacts:
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [1.0, 2.0]}
     given: dict[str, Any] = {
         "repo": "me/demo",
-        "license": "apache-2.0",
+        "license": {"license": "apache-2.0"},
         "base_model": "someone/base",
         "config": {"dtype": "bfloat16", "rope_parameters": rope},
         "sidecar": sidecar,

@@ -233,6 +233,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[st
     repo = sharded(tmp_path_factory.mktemp("hub") / "repo")
     for name in ("pytorch_model.bin", "model.pt", "tokenizer.model", "chat_template.jinja", "LICENSE", "demo.gif"):
         (repo / name).write_bytes(name.encode())
+    (repo / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 64}')
+    (repo / "README.md").write_text("---\nlicense: other\nlicense_name: mine\n---\n# A model\n")
     asked: list[str] = []
     handler = type("Handler", (FakeHub,), {"repo": repo, "asked": asked})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -249,16 +251,16 @@ import json, sys, time
 time.sleep = lambda seconds: None  # the library's retries, without its waiting
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.runtime.errors import UserError
-for name, revision in json.loads(sys.argv[1]):
+for name in json.loads(sys.argv[1]):
     try:
-        source = open_checkpoint(name, revision=revision)
+        source = open_checkpoint(name)
         print(json.dumps([source.name, sorted(source.names()), sorted(source.files)]))
     except UserError as error:
         print(json.dumps(str(error)))
 """
 
 
-def ask(endpoint: str, cache: Path, *sources: tuple[str, str | None]) -> list[Any]:
+def ask(endpoint: str, cache: Path, *sources: str, code: str = CLIENT) -> list[Any]:
     """In a process of its own: huggingface_hub reads its settings when it is imported."""
     environment = os.environ | {
         "HF_ENDPOINT": endpoint,
@@ -269,7 +271,7 @@ def ask(endpoint: str, cache: Path, *sources: tuple[str, str | None]) -> list[An
         "HF_TOKEN": "",
     }
     result = subprocess.run(
-        [sys.executable, "-c", CLIENT, json.dumps(sources)], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, json.dumps(sources)], env=environment, capture_output=True, text=True, check=True
     )
     return [json.loads(line) for line in result.stdout.splitlines()]
 
@@ -279,13 +281,13 @@ def test_a_hub_id(hub: tuple[str, list[str], Path]) -> None:
     latest, pinned, wrong, missing, private, gated, broken = ask(
         endpoint,
         cache,
-        ("o/m", None),
-        ("o/m", "v1"),
-        ("o/m", "v9"),
-        ("o/none", None),
-        ("o/private", None),
-        ("o/gated", None),
-        ("o/broken", None),
+        "o/m",
+        "o/m@v1",
+        "o/m@v9",
+        "o/none",
+        "o/private",
+        "o/gated",
+        "o/broken",
     )
     files = ["LICENSE", "chat_template.jinja", "tokenizer.json", "tokenizer.model"]
     assert latest == [f"o/m@{COMMITS['main']}", ["a", "b"], files]
@@ -301,14 +303,29 @@ def test_a_hub_id(hub: tuple[str, list[str], Path]) -> None:
 
 def test_what_was_fetched_opens_again_without_the_hub(hub: tuple[str, list[str], Path]) -> None:
     endpoint, _, cache = hub
-    ask(endpoint, cache, ("o/m", None))
-    [again] = ask("http://127.0.0.1:9", cache, ("o/m", None))
-    assert again[0] == f"o/m@{COMMITS['main']}"
+    names = ("o/m", "o/m@v1", f"o/m@{COMMITS['v1']}")
+    online = ask(endpoint, cache, *names)
+    assert [answer[0] for answer in online] == [f"o/m@{COMMITS[name]}" for name in ("main", "v1", "v1")]
+    assert ask("http://127.0.0.1:9", cache, *names) == online
+
+
+def test_provenance_holds_the_commit_and_the_licence(hub: tuple[str, list[str], Path]) -> None:
+    """So a branch that moves on does not change what an artifact says it was made from."""
+    endpoint, _, cache = hub
+    code = """
+import json, sys
+from lcconvert.convert.checkpoint import open_checkpoint
+from lcconvert.convert.provenance import origin
+print(json.dumps([origin(name, open_checkpoint(name)) for name in json.loads(sys.argv[1])]))
+"""
+    [(latest, pinned)] = ask(endpoint, cache, "o/m", "o/m@v1", code=code)
+    assert latest == {"source": "o/m", "revision": COMMITS["main"], "license": "other", "license_name": "mine"}
+    assert pinned == latest | {"revision": COMMITS["v1"]}
 
 
 def test_a_connection_that_breaks(hub: tuple[str, list[str], Path]) -> None:
     endpoint, _, cache = hub
-    [answer] = ask(endpoint, cache, ("o/m", "cut"))
+    [answer] = ask(endpoint, cache, "o/m@cut")
     assert answer.startswith("o/m could not be fetched (")
     assert answer.endswith("); repeat, finished files are kept")
 

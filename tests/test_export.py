@@ -35,7 +35,7 @@ def test_a_gguf_becomes_an_hf_folder(tmp_path: Path) -> None:
         assert (out / name).read_bytes() == content
     assert json.loads((out / "config.json").read_bytes()) == source.config
     provenance = json.loads((out / "lcconvert.json").read_bytes())["provenance"]
-    assert provenance["source"] == str(src)
+    assert provenance["source"] == src.name
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

@@ -251,7 +251,7 @@ def test_sidecar_keeps_the_policy_and_the_history(tmp_path: Path) -> None:
     after = Sidecar.model_validate_json((tmp_path / "out" / "lcconvert.json").read_bytes())
     assert after.variant == "extended"
     assert after.provenance["source"] == "owner/base"
-    assert after.provenance["export"]["source"] == str(src)
+    assert after.provenance["export"]["source"] == src.name
     assert after.provenance["export"]["comparison"] == "not run"
 
 

@@ -421,5 +421,6 @@ def test_shards_and_provenance_of_an_extended_source(sources, tmp_path: Path) ->
     after = Sidecar.read(FolderSource(out))
     assert after.provenance["source"] == "owner/base"
     assert after.provenance["native_context"] == 512
-    assert after.provenance["quantize"]["variant"] == "flash"
+    assert after.provenance["quantize"]["config"]["variant"] == "flash"
+    assert after.provenance["quantize"]["source"] == "extended"
     assert after.context == ContextClaim(configured=2048, validated=None)
