@@ -165,13 +165,29 @@ def quantize_command(src: str, out: Path, **options: Any) -> None:
 
 @cli.command("export", cls=Verb, example="export flash -o flash-onnx --format onnx --precision int4")
 @click.argument("src")
-@out_option
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--format", help="safetensors, onnx or gguf.")
 @click.option("--precision", help="auto keeps what the checkpoint stores; onnx: fp32, int4; gguf: bf16, q8_0, q4_0.")
 @click.option("--max-length", type=SIZE, help="onnx: positions the RoPE tables cover; default: the whole context.")
 @click.option("--compare", help="onnx: run the result against our decoder: auto, always or never.")
-def export_command(src: str, out: Path, **options: Any) -> None:
-    """Write the files of another engine from the same integers."""
+@click.option("--check", help="Write nothing: say what vllm, transformers, sglang, llama.cpp or onnxruntime will read.")
+@click.option("--json", "as_json", is_flag=True, help="--check: print JSON.")
+def export_command(src: str, out: Path | None, check: str | None, as_json: bool, **options: Any) -> None:
+    """Write the files of another engine from the same integers, or --check what an engine will read from SRC."""
+    if check is not None:
+        if out is not None or any(value is not None for value in options.values()):
+            raise UserError("--check writes nothing and takes only SRC and --json; remove the other options")
+        from lcconvert.convert.engine_check import check_engine, render
+
+        reading = check_engine(src, check)
+        click.echo(json.dumps(reading.as_dict(), indent=2) if as_json else render(reading))
+        if reading.refused:
+            raise CheckFailed(f"{check} cannot serve {src}: {reading.refused[0]}")
+        return
+    if out is None:
+        raise UserError("the output folder is missing; give -o FOLDER, or --check ENGINE to write nothing")
+    if as_json:
+        raise UserError("--json belongs to --check; remove it")
     from lcconvert.convert.export import ExportConfig, export
     from lcconvert.convert.settings import make_config
 

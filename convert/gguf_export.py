@@ -58,10 +58,10 @@ def export_gguf(source: TensorSource, sidecar: Sidecar, out: Path, config: Expor
     UserError for a model that llama.cpp would not load or would compute otherwise.
     """
     weights = ExportWeights(source)
-    _check_expressible(weights.spec, source.name)
+    check_expressible(weights.spec, source.name)
     precision = config.precision if config.precision != "auto" else ("q4_0" if weights.stores_int4 else "bf16")
     plan = list(_plan(weights, precision))
-    scaling, divisors = _rope_scaling(weights.spec, source.name)
+    scaling, divisors = rope_scaling(weights.spec, source.name)
     metadata = _metadata(source, weights.spec, sidecar, precision, scaling)
     with new_folder(out, need_bytes=sum(item.bytes for item in plan)) as folder:
         path = folder / f"model-{precision}.gguf"
@@ -160,6 +160,11 @@ def _plan(weights: ExportWeights, precision: str) -> Iterator[_Item]:
 
 def _q4_0_of(weight: Int4Weight, order: np.ndarray | None, name: str) -> np.ndarray:
     """The same codes as Q4_0 blocks: a float16 scale, then 16 bytes, element j low and j + 16 high, stored as q + 8."""
+    if weight.group_size % _BLOCK:
+        raise UserError(
+            f"{name} has int4 groups of {weight.group_size}, which Q4_0 blocks of {_BLOCK} do not divide; "
+            "export with precision bf16"
+        )
     codes, scale = unpack_int4(weight.packed, weight.packed.shape[1] * 8), weight.scale
     if order is not None:
         codes, scale = codes[order], scale[order]
@@ -203,7 +208,7 @@ def _metadata(
     return values
 
 
-def _check_expressible(spec: ModelSpec, source: str) -> None:
+def check_expressible(spec: ModelSpec, source: str) -> None:
     """UserError for tensors that llama.cpp's graph of this architecture has no place for."""
     if WRITTEN_AS[spec.family] == "llama":
         return
@@ -220,7 +225,7 @@ def _check_expressible(spec: ModelSpec, source: str) -> None:
         )
 
 
-def _rope_scaling(spec: ModelSpec, source: str) -> tuple[dict[str, Any], np.ndarray | None]:
+def rope_scaling(spec: ModelSpec, source: str) -> tuple[dict[str, Any], np.ndarray | None]:
     """The `rope.scaling.*` keys, and float32 [D/2] divisors of the frequencies where the keys cannot say it."""
     rope = spec.rope
     if rope.kind == "default":

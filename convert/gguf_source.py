@@ -61,6 +61,10 @@ class GgufSource:
             "generation_config.json": (json.dumps(generation, indent=2) + "\n").encode(),
         }
 
+    def kinds(self) -> list[str]:
+        """The storage types of its matrices, such as BF16 or Q4_0."""
+        return sorted({entry.kind.name for entry in self._tensors.values() if len(entry.shape) > 1})
+
     def names(self) -> list[str]:
         return list(self._tensors)
 
@@ -196,9 +200,9 @@ class GgufSource:
                 "beta_fast": float(self._key(prefix + "yarn_beta_fast", 32.0)),
                 "beta_slow": float(self._key(prefix + "yarn_beta_slow", 1.0)),
             }
-            if (extra := self._metadata.get(f"{self._arch}.{prefix}attn_factor")) is not None:
-                own = 0.1 * math.log(factor) + 1.0  # YaRN's own temperature, which llama.cpp multiplies by the key
-                scaling["attention_factor"] = float(extra) * own
+            # llama.cpp multiplies YaRN's own temperature by the key; written out, as engines fill it in differently
+            extra = float(self._key(prefix + "attn_factor", 1.0))
+            scaling["attention_factor"] = extra * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
             return scaling
         raise UserError(f"{self.path} has rope.scaling.type {kind!r}, expected none, linear or yarn")
 

@@ -148,7 +148,8 @@ def test_rope_scaling(tmp_path: Path) -> None:
     yarn = {key + "type": "yarn", key + "factor": 8.0, key + "original_context_length": 32}
     expected = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
     betas = {"beta_fast": 32.0, "beta_slow": 1.0}
-    assert rope_of(tmp_path / "b", yarn) == expected | betas
+    own = pytest.approx(0.1 * math.log(8) + 1)
+    assert rope_of(tmp_path / "b", yarn) == expected | betas | {"attention_factor": own}
     spoken = {key + "yarn_beta_fast": 16.0, key + "yarn_beta_slow": 2.0, key + "attn_factor": 0.5}
     found = rope_of(tmp_path / "c", yarn | spoken)
     assert found.pop("attention_factor") == pytest.approx(0.5 * (0.1 * math.log(8) + 1))
