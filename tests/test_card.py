@@ -4,10 +4,13 @@ import re
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import EvalResult, ModelCard, parse_eval_result_entries
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from markdown_it import MarkdownIt
 from reports import tiny_report
 
-from lcconvert.convert.card import CardFacts, model_card
+from lcconvert.convert.card import CardFacts, eval_results, model_card
 from lcconvert.runtime.sidecar import AttentionPolicy, ContextClaim, KVConfig, Sidecar
 
 
@@ -44,6 +47,46 @@ def test_metadata_is_read_back_by_the_hub_library() -> None:
     assert found[("jargon, window 512", "perplexity")] == 12.1825
     assert ("jargon, window 2K", "perplexity") not in found  # it ran out of memory: not measured, not claimed
     assert found[("Same tokens as base", "kl_divergence")] == 0.0312
+
+
+def test_both_forms_of_results_say_the_same() -> None:
+    """model-index, and .eval_results/*.yaml, whose datasets are Hub ids and whose values link to the report."""
+    metadata = yaml.safe_load(model_card(facts()).split("---\n")[1])
+    name, rows = model_index_to_eval_results(metadata["model-index"])
+    assert name == "demo"
+    assert all(isinstance(row, EvalResult) and row.task_type == "text-generation" for row in rows)
+    entries = parse_eval_result_entries(yaml.safe_load(str(eval_results(facts()))))
+    assert sorted(entry.value for entry in entries) == sorted(row.metric_value for row in rows)
+    assert len({(entry.dataset_id, entry.task_id) for entry in entries}) == len(entries)
+    assert {entry.dataset_id for entry in entries} == {
+        "lcconvert/needles", "lcconvert/perplexity", "lcconvert/agreement"
+    }  # fmt: skip
+    [found] = [entry for entry in entries if entry.task_id == "accuracy_4096"]
+    assert (found.value, found.date) == (0.8, "2026-01-02T03:04:05Z")
+    assert found.source_url == "https://huggingface.co/me/demo/blob/main/validation/report.json"
+    assert found.notes == "Found (strict). Needles at 4K tokens"
+
+
+def test_nothing_measured_is_no_results_file() -> None:
+    assert eval_results(facts(report=None)) is None
+    empty = tiny_report("ab" * 32).model_copy(update={"needles": None, "perplexity": None, "agreement": None})
+    assert eval_results(facts(report=empty)) is None
+    assert "model_name" not in model_card(facts(report=empty))
+
+
+def test_it_renders() -> None:
+    """Every table is one, the picture is one, and no fence is left open."""
+    page = MarkdownIt("commonmark").enable("table").render(model_card(facts()).split("---\n", 2)[2])
+    assert page.count("<table>") == 4  # needles, perplexity, agreement, cost
+    assert page.count('<img src="validation/needles.png"') == 1
+    assert page.count("<pre>") == 3
+    assert "|" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL)
+
+
+def test_a_licence_that_the_hub_does_not_know() -> None:
+    other = {"license": "other", "license_name": "my-licence", "license_link": "LICENSE"}
+    data = ModelCard(model_card(facts(license=other))).data.to_dict()
+    assert {key: data[key] for key in other} == other
 
 
 def test_measured_tables() -> None:
