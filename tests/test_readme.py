@@ -30,6 +30,23 @@ def test_demo_figures_are_those_of_the_committed_result() -> None:
     assert render_result(result) in block("demo")
 
 
+def test_policy_figures_are_those_of_the_committed_reports() -> None:
+    """Hybrid attention against dense on the same artifact: needles and the share of equal next tokens."""
+
+    def report(name: str) -> dict:
+        return json.loads((ROOT / "tests" / "bench" / "policy" / f"{name}.json").read_text(encoding="utf-8"))
+
+    def found(name: str) -> list[str]:
+        return [f"{row['strict']}/{row['n']}" for row in report(name)["needles"]["by_length"]]
+
+    assert found("dense") == found("hybrid-32k")
+    assert f"{found('dense')[0]} at 32K and {found('dense')[1]} at 128K" in README
+    for name, length in (("hybrid-32k", "32K"), ("hybrid-128k", "128K")):
+        share = report(name)["agreement"]["prefill"]["top1"]
+        assert re.search(rf"{share:.1%} of\s(the\spositions\sof\s)?{length}", README)
+    assert f"{report('hybrid-128k')['agreement']['by_position'][0]['top1']:.1%}" in README
+
+
 def test_links_and_commands_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).is_file(), target
