@@ -221,7 +221,7 @@ def test_where_pages_lie_does_not_matter(seed, lengths):
 
 @pytest.mark.parametrize(("k_kind", "v_kind"), [("int4_channel", "int4_token"), ("fp8", "int4_token"), ("fp8", "fp8")])
 def test_a_million_tokens(device, k_kind, v_kind):
-    """The last query of a 1M context against float64 attention over the dequantized tokens: within 1%, twice the same."""
+    """The last query of a 1M context against float64 attention over the dequantized tokens: within 1%, twice alike."""
     pages = 8190 if device == "cuda" else 3
     d = 128 if device == "cuda" else 32
     k, v = (pool(kind, seed, pages, d=d, device=device) for seed, kind in enumerate((k_kind, v_kind)))
