@@ -7,6 +7,7 @@ and again when the page pool has grown. On a CPU the same function runs as it is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,9 @@ class StepInputs:
 
     numbers: torch.Tensor
     table: torch.Tensor
+
+
+Step = Callable[[StepInputs], torch.Tensor]
 
 
 class DecodeStep:
@@ -88,9 +92,9 @@ class DecodeStep:
         graph = self._graphs.get(len(seqs))
         if graph is None or graph.generation != self._pool.generation:
             self._graphs.pop(len(seqs), None)
-            graph = _Graph(self, len(seqs))
+            graph = _Graph(self._pool, len(seqs))
             self._graphs[len(seqs)] = graph
-        return graph.run(seqs, numbers)
+        return graph.run(self._step, seqs, numbers)
 
     def _step(self, inputs: StepInputs) -> torch.Tensor:
         spec, numbers = self._model.spec, inputs.numbers
@@ -128,18 +132,18 @@ class DecodeStep:
 class _Graph:
     """The captured step of a fixed number of sequences over a pool that does not move."""
 
-    def __init__(self, step: DecodeStep, size: int):
-        pool = step._pool
+    def __init__(self, pool: PagePool, size: int):
         self.generation = pool.generation
         table = torch.zeros(size, max(1, pool.capacity), dtype=torch.int32, device=pool.device)
         self._inputs = StepInputs(torch.zeros(size, 8, dtype=torch.int64, device=pool.device), table)
         self._staging = torch.zeros(size, 8, dtype=torch.int64, pin_memory=True)
         self._copied = torch.cuda.Event()
         self._resident: list[tuple[int, int]] = [(0, 0)] * size  # whose pages a row of the table holds, and how many
-        self._step, self._logits = step, torch.empty(0)
+        self._logits = torch.empty(0)
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def run(self, seqs: list[Sequence], numbers: list[list[int]]) -> torch.Tensor:
+    def run(self, step: Step, seqs: list[Sequence], numbers: list[list[int]]) -> torch.Tensor:
+        """Logits of `step`, which is not kept: a graph that held its owner would hold the GPU's memory with it."""
         self._copied.synchronize()  # the last step's numbers have left the staging buffer
         self._staging.copy_(torch.tensor(numbers, dtype=torch.int64))
         self._inputs.numbers.copy_(self._staging, non_blocking=True)
@@ -147,7 +151,7 @@ class _Graph:
         for row, seq in enumerate(seqs):
             self._refresh(row, seq)
         if self._graph is None:
-            self._capture()
+            self._capture(step)
         assert self._graph is not None
         self._graph.replay()
         return self._logits.clone()
@@ -161,14 +165,14 @@ class _Graph:
             self._inputs.table[row, known : len(seq.pages)] = more.to(self._inputs.table.device)
         self._resident[row] = (seq.serial, len(seq.pages))
 
-    def _capture(self) -> None:
+    def _capture(self, step: Step) -> None:
         # A step may run twice on the same inputs: it writes the token's key and value to the same place.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step._step(self._inputs)  # compiles what is not compiled yet, which a capture must not
+            step(self._inputs)  # compiles what is not compiled yet, which a capture must not
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._logits = self._step._step(self._inputs)
+            self._logits = step(self._inputs)
         self._graph = graph

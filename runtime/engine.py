@@ -107,6 +107,7 @@ class Engine:
         gemm: Gemm = "fp8" if sidecar.prefill_gemm == "fp8" and on_gpu and _has_fp8(where) else "16-bit"
         plan: MemoryPlan | None = None
         if on_gpu:
+            torch.cuda.empty_cache()  # what a model before this one left behind counts as free
             budget = gpu_bytes or torch.cuda.mem_get_info(where)[0]
             plan = plan_for_source(source, kv, policy, limit, gemm=gemm, dtype=dtype, gpu_bytes=budget)
             plan.check(source.name)
