@@ -49,7 +49,7 @@ def load_target(
     sidecar = Sidecar.read(source)
     policy = sidecar.attention
     if attention is not None:
-        policy = make_config(AttentionPolicy, policy.model_dump() | {"kind": attention}, "--attention")
+        policy = policy.named(attention)
     cache = sidecar.kv if kv is None else make_config(KVConfig, {"scheme": kv}, "--kv")
     most = longest + decode * (1 if policy.decode_share is None else 2)
     if most > sidecar.context.configured:

@@ -167,7 +167,7 @@ def quantize_command(src: str, out: Path, **options: Any) -> None:
 @click.argument("src")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--format", help="safetensors, onnx or gguf.")
-@click.option("--precision", help="auto keeps what the checkpoint stores; onnx: fp32, int4; gguf: bf16, q8_0, q4_0.")
+@click.option("--precision", help="auto: as stored; onnx: fp32, fp16, int4; gguf: bf16, q8_0, q4_0.")
 @click.option("--max-length", type=SIZE, help="onnx: positions the RoPE tables cover; default: the whole context.")
 @click.option("--compare", help="onnx: run the result against our decoder: auto, always or never.")
 @click.option("--check", help="Write nothing: say what vllm, transformers, sglang, llama.cpp or onnxruntime will read.")
@@ -289,7 +289,7 @@ def validate_command(src: str, out: Path | None, lengths: str | None, depths: st
 @click.option("--compare", multiple=True, help="--shape: sdpa or transformers, afterwards; repeatable.")
 @click.option("--compare-context", type=SIZE, help="Prompt length of --compare; default: 128k.")
 @click.option("--kv", help="SRC: KV cache scheme instead of the artifact's.")
-@click.option("--attention", help="SRC: dense or hybrid instead of the artifact's policy.")
+@click.option("--attention", help="SRC: dense, hybrid or hybrid-decode instead of its policy.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON file to write.")
 @device_option
