@@ -98,7 +98,7 @@ def main():
     check(
         select_pages._bound_kernel,
         {"q": "*bf16", "scale": "*fp16", "zero": "*fp16", "table": "*i32", "pages": "*i32", "keys": "*i32"},
-        {"KV_HEADS": 8, "GROUP": 4, "D": 64, "PAGES": 32, "FORCED": 2**31 - 1},
+        {"KV_HEADS": 8, "GROUP": 4, "D": 64, "PAGES": 64, "FORCED": 2**31 - 1},
     )
     check(
         select_pages._list_pages_kernel,
