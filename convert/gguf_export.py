@@ -11,9 +11,11 @@ other table goes into the file as divisors of the frequencies, which only the `l
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -83,6 +85,10 @@ def export_gguf(source: TensorSource, sidecar: Sidecar, out: Path, config: Expor
                     bar.advance()
             if divisors is not None:
                 writer.write_tensor_data(divisors)
+            assert writer.fout is not None
+            size = writer.fout[0].tell()
+        if path.stat().st_size < size:  # numpy's tofile loses the error of its last block
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         weights.assert_all_used()
         _verify(path, weights.spec, plan, source.files)
         described = {key: value for key, value in source.config.items() if key != "quantization_config"}

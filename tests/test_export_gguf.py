@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from test_export_onnx import quantized, random_ids
 from tiny import FAMILIES, write_tiny
 
-from lcconvert.convert import gguf_export
+from lcconvert.convert import gguf_export, gguf_source
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.export import ExportConfig, export
 from lcconvert.convert.gguf_header import read_gguf_header
 from lcconvert.convert.gguf_names import ROPE_DIVISORS
 from lcconvert.convert.rope_methods import extend_rope
 from lcconvert.kernels.int4 import dequantize_int4
-from lcconvert.runtime.errors import CheckFailed, UserError
+from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
 from lcconvert.runtime.model import load_decoder
 from lcconvert.runtime.rope import RopeSpec, cos_sin
 from lcconvert.runtime.source import FolderSource, TensorSource
@@ -173,6 +175,68 @@ def test_what_reads_back_otherwise_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(CheckFailed, match="another chat template"):
         gguf_of(src, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from lcconvert.convert.export import ExportConfig, export
+from lcconvert.runtime.errors import UserError
+for limit in map(int, sys.argv[2:]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        export(sys.argv[1] + "/src", Path(sys.argv[1]) / "out", ExportConfig(format="gguf"))
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """Full in the header, in a tensor, and in the sidecar beside the file."""
+    write_tiny(tmp_path / "src")
+    export(str(tmp_path / "src"), tmp_path / "whole", ExportConfig(format="gguf"))
+    size = (tmp_path / "whole" / "model-bf16.gguf").stat().st_size
+    limits = [str(limit) for limit in (1000, 100_000, size - 1)]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path), *limits], capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert line.startswith("the disk is full while writing")
+        assert line.endswith("nothing was left behind")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src", "whole"]
+
+
+def test_a_stopped_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = write_tiny(tmp_path / "src")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", stop)
+    with pytest.raises(Interrupted, match="stopped; nothing was left behind"):
+        gguf_of(src, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "q8_0", "q4_0"])
+def test_large_tensors_are_rounded_and_read_back_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """The library makes several copies of what it is given; an embedding of an 8B model would be many GB at once."""
+    src = write_tiny(tmp_path / "src")
+    whole = gguf_of(src, tmp_path / "whole", precision)
+    seen: list[int] = []
+    for name in ("quantize", "dequantize"):
+        real = getattr(gguf, name)
+        monkeypatch.setattr(gguf, name, lambda data, kind, real=real: seen.append(data.size) or real(data, kind))
+    monkeypatch.setattr(gguf_export, "_ENCODED_AT_ONCE", 1000)
+    monkeypatch.setattr(gguf_source, "_BLOCK_BYTES", 4000)
+    blocks = gguf_of(src, tmp_path / "blocks", precision)
+    assert (tmp_path / "blocks" / f"model-{precision}.gguf").stat().st_size == whole.path.stat().st_size
+    assert all(torch.equal(blocks.tensor(name), whole.tensor(name)) for name in whole.names())
+    assert max(seen) <= 4000  # bytes read, values rounded: no whole matrix
 
 
 def test_tokenizer_and_template_go_round(tmp_path: Path) -> None:
