@@ -22,7 +22,7 @@ from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.corpus import Corpus
 from lcconvert.convert.extend_config import ExtendConfig, Stage
 from lcconvert.convert.license import source_license
-from lcconvert.convert.provenance import made_with, named_source, text_names
+from lcconvert.convert.provenance import made_with, named_source, public_name
 from lcconvert.convert.rope_methods import extend_rope
 from lcconvert.convert.trainer import HOW_TO_RESUME, remove_state, train
 from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
@@ -150,7 +150,10 @@ class _Stretched:
 
 def _provenance(source: TensorSource, src: str, digest: str, config: ExtendConfig) -> dict[str, Any]:
     earlier = Sidecar.read(source).provenance  # an extended checkpoint may be extended again
-    settings = config.model_dump(mode="json") | {"method": config.resolved_method, "data": text_names(config.data)}
+    settings = config.model_dump(mode="json") | {
+        "method": config.resolved_method,
+        "data": [*map(public_name, config.data)],
+    }
     return {
         "stage": "extend",
         **named_source(src, source),

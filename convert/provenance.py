@@ -7,7 +7,6 @@ depend on them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,16 @@ def origin(src: str, source: TensorSource) -> dict[str, Any]:
 
 def named_source(src: str, source: TensorSource) -> dict[str, str]:
     """What `src` was, opened as `source`: a name, and for a Hub id the commit it stood for."""
-    if (path := Path(src).expanduser()).exists():
-        return {"source": path.resolve().name}
+    if Path(src).expanduser().exists():
+        return {"source": public_name(src)}
     repo, _, commit = source.name.partition("@")
     return {"source": repo, "revision": commit} if commit and src.partition("@")[0] == repo else {"source": src}
 
 
-def text_names(texts: Sequence[str]) -> list[str]:
-    """Training or calibration texts by name; module:NAME stays as it is."""
-    return [text if not Path(text).exists() else Path(text).resolve().name for text in texts]
+def public_name(subject: str) -> str:
+    """The last part of a local path; a Hub id, package:NAME or module:NAME as it is."""
+    path = Path(subject).expanduser()
+    return path.resolve().name if path.exists() else subject
 
 
 def made_with(device: torch.device | str | None, *packages: str) -> dict[str, Any]:

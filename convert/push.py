@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,8 @@ def plan_push(src: Path, repo: str, config: PushConfig) -> PushPlan:
     for: files that are not what the conversion wrote."""
     if not _HUB_ID.fullmatch(repo):
         raise UserError(f"repo is {repo!r}, expected owner/name as the Hub writes it")
+    if config.base_model is not None and not _HUB_ID.fullmatch(config.base_model):
+        raise UserError(f"base_model is {config.base_model!r}, expected owner/name as the Hub writes it")
     if config.create_pr and config.revision is not None:
         raise UserError("create_pr opens a pull request against main, so revision cannot be given with it; drop one")
     for needed in ("config.json", SIDECAR):
@@ -218,10 +221,10 @@ def _license(src: Path, model_config: dict[str, Any], sidecar: Sidecar, given: s
 
 
 def _find_base(sidecar: Sidecar) -> str | None:
-    """The Hub id the artifact came from, if its provenance names one; a local path is not a base model."""
+    """The Hub id the artifact came from, if its provenance names one."""
     for key in ("base_model", "source"):
         named = sidecar.provenance.get(key)
-        if isinstance(named, str) and _HUB_ID.fullmatch(named) and not Path(named).exists():
+        if isinstance(named, str) and _HUB_ID.fullmatch(named):
             return named
     return None
 
@@ -229,17 +232,28 @@ def _find_base(sidecar: Sidecar) -> str | None:
 def _upload(src: Path, repo: str, config: PushConfig, names: list[str]) -> str:
     """Sends the files and returns the URL. While the Hub is busy, waits and goes on; gives up in one sentence."""
     from huggingface_hub import HfApi
+
+    api = HfApi(
+        endpoint=os.environ.get("HF_ENDPOINT"),
+        token=True,  # from where the library finds it, and no request without one
+        library_name="lcconvert",
+        library_version=version("lcconvert"),
+    )
+    try:
+        return _persistently(api, src, repo, config, names)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"push stopped; files already sent to {repo} stay there, run the same command again to go on"
+        ) from None
+
+
+def _persistently(api: HfApi, src: Path, repo: str, config: PushConfig, names: list[str]) -> str:
     from huggingface_hub.errors import HTTPError
 
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="lcconvert")
     waits = iter(_WAITS)
     while True:
         try:
             return _send(api, src, repo, config, names)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"push stopped; files already sent to {repo} stay there, run the same command again to go on"
-            ) from None
         except ValueError as error:  # the library's word for metadata that the Hub refuses
             raise UserError(
                 f"the Hub does not accept README.md ({' '.join(_masked(error).split())}); correct its metadata"
@@ -308,7 +322,7 @@ def _explained(error: BaseException, repo: str, endpoint: str) -> UserError:
         return UserError(_sentence(error.response.status_code, repo, error.server_message))
     return UserError(
         f"the upload to {endpoint}/{repo} broke off ({type(error).__name__}); check the network and run the same "
-        "command again, what was sent is not sent twice"
+        "command again, finished files are not sent twice"
     )
 
 
@@ -324,7 +338,7 @@ def _sentence(status: int, repo: str, server_message: str | None) -> str:
     if status == 429:
         return "the Hub asks to slow down (429); wait some minutes and run the same command again"
     if status >= 500:
-        return f"the Hub failed ({status}); run the same command again, what was sent is not sent twice"
+        return f"the Hub failed ({status}); run the same command again, finished files are not sent twice"
     said = f", saying {_masked(server_message).splitlines()[0]!r}" if server_message else ""
     return f"the Hub refused the upload to {repo} ({status}){said}"
 

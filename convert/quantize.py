@@ -24,7 +24,7 @@ from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.ct_layout import fp8_tensors, int4_tensors, kv_scale_tensors, quantization_config
 from lcconvert.convert.gptq import quantize_gptq
 from lcconvert.convert.progress import progress
-from lcconvert.convert.provenance import made_with, named_source, origin, text_names
+from lcconvert.convert.provenance import made_with, named_source, origin, public_name
 from lcconvert.convert.quantize_config import QuantizeConfig
 from lcconvert.convert.round_to_nearest import FP8, dequantize, quantize_fp8, quantize_rtn, to_fp8_grid, to_int4_grid
 from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
@@ -249,7 +249,7 @@ def _sidecar(src: str, source: TensorSource, plan: Plan, config: QuantizeConfig,
     attention = plan.attention
     if attention.kind == "hybrid":
         attention = attention.model_copy(update={"alpha": [[round(a, 9) for a in row] for row in alphas]})
-    settings = config.model_dump(mode="json") | {"calibration": text_names(config.calibration)}
+    settings = config.model_dump(mode="json") | {"calibration": [*map(public_name, config.calibration)]}
     step = {**named_source(src, source), "config": settings, **made_with(plan.device)}
     provenance = {**origin(src, source), "quantize": step}
     context = plan.inherited.context.model_copy(update={"validated": None})  # validated lengths are of other weights

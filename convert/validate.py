@@ -27,6 +27,7 @@ from lcconvert.convert.haystack import Haystack, SentenceBank
 from lcconvert.convert.needles import NeedlePlan, contexts, prompt_of, run_needles, tally
 from lcconvert.convert.perplexity import run_perplexity, windows
 from lcconvert.convert.progress import progress
+from lcconvert.convert.provenance import public_name
 from lcconvert.convert.report import PAGE_FILES, write_report
 from lcconvert.convert.results import Agreement, Artifact, Check, Cost, Report, Setup, Text
 from lcconvert.convert.samples import LOG, SampleLog, sample_key
@@ -97,7 +98,7 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
         seconds=round(time.perf_counter() - started, 3),
         artifact=subject.artifact(),
         setup=_setup(engine),
-        config=config.model_dump(mode="json"),
+        config=_published(config),
         haystack=Text(name=haystack.name, sha256=haystack.sha256, characters=len(haystack.text)),
         needles=needles,
         perplexity=perplexity,
@@ -160,7 +161,7 @@ class _Subject:
 
     def artifact(self) -> Artifact:
         return Artifact(
-            name=self.source.name,
+            name=public_name(self.source.name),
             sha256=self.sha256,
             bytes=self.weight_bytes,
             variant=self.sidecar.variant,
@@ -219,7 +220,7 @@ class _Comparison:
         self.advance()
         self.advance()
         fields = {name: row[name] for name in ("tokens", "prefill", "by_position", "decode", "ppl_increase")}
-        return Agreement(reference=self.source.name, reference_sha256=self.sha256, **fields)
+        return Agreement(reference=public_name(self.source.name), reference_sha256=self.sha256, **fields)
 
 
 def _with_policy(sidecar: Sidecar, name: str | None) -> Sidecar:
@@ -310,6 +311,13 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _published(config: ValidateConfig) -> dict[str, Any]:
+    """The settings without paths of this machine: the report goes wherever the artifact goes."""
+    settings = config.model_dump(mode="json")
+    named = ("against", "haystack", "perplexity_text")
+    return settings | {key: public_name(settings[key]) for key in named if settings[key] is not None}
 
 
 def _missed(check: Check) -> str:

@@ -26,7 +26,7 @@ from lcconvert.convert.hashing import artifact_hash, record_files
 from lcconvert.convert.push import PushConfig, plan_push, push
 from lcconvert.convert.quantize import quantize
 from lcconvert.convert.quantize_config import QuantizeConfig
-from lcconvert.runtime.errors import CheckFailed, UserError
+from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
 from lcconvert.runtime.sidecar import ContextClaim, Sidecar
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # inside huggingface_hub
@@ -176,6 +176,16 @@ def test_a_busy_hub_is_waited_for(hub: FakeHub, artifact: Path, where: str) -> N
     assert min(hub_waits) >= 33
 
 
+def test_ctrl_c_while_waiting_says_how_to_go_on(hub: FakeHub, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    hub.fail["/commit/"] = [503]
+    monkeypatch.setattr(time, "sleep", interrupted)
+    with pytest.raises(Interrupted, match="run the same command again to go on"):
+        push(artifact, "me/demo", PushConfig())
+
+
 def test_a_hub_that_asks_for_an_hour_is_left_to_the_user(hub: FakeHub, artifact: Path) -> None:
     hub.fail["/commit/"] = [429]
     hub.headers = {"Retry-After": "3600"}
@@ -295,19 +305,44 @@ def test_a_claim_without_a_report_is_refused(artifact: Path) -> None:
         plan_push(artifact, "me/demo", PushConfig())
 
 
+def run_command(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, with an empty cache, talking to the fake Hub."""
+    settings = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **environment}
+    command = [sys.executable, "-m", "lcconvert.convert", *arguments]
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+
+
+def test_no_token_in_the_most_talkative_logs(hub: FakeHub, artifact: Path, tmp_path: Path) -> None:
+    talkative = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "LCCONVERT_DEBUG": "1"}
+    pushed = run_command(tmp_path, "push", str(artifact), "me/demo", **talkative)
+    assert (pushed.returncode, pushed.stdout) == (0, f"{hub.url}/me/demo\n")
+    hub.fail["/api/"] = [401] * 9
+    refused = run_command(tmp_path, "--debug", "push", str(artifact), "me/demo", **talkative)
+    assert refused.returncode == 2
+    assert "/api/repos/create" in pushed.stderr  # it does say what it sends
+    assert not any("s3cret" in text for text in (pushed.stderr, refused.stdout, refused.stderr))
+
+
+def test_the_token_may_come_from_the_library_s_store(
+    hub: FakeHub, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(UserError, match="no Hub token was found; run `hf auth login` or set HF_TOKEN"):
+        push(artifact, "me/demo", PushConfig())
+    assert hub.calls == []
+    (tmp_path / "token").write_text("hf_stored")
+    push(artifact, "me/demo", PushConfig())
+    assert {token for call, token in hub.calls if "/blob/" not in call} == {"Bearer hf_stored"}
+
+
 def test_what_was_pushed_can_be_fetched_and_verified(hub: FakeHub, artifact: Path, tmp_path: Path) -> None:
     push(validated(artifact), "me/demo", PushConfig())
     hub.files[".gitattributes"] = b"*.safetensors filter=lfs\n"
-    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-
-    def verify() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lcconvert.convert", "inspect", "--verify", "me/demo"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-    fetched = verify()
+    fetched = run_command(tmp_path, "inspect", "--verify", "me/demo")
     assert (fetched.returncode, fetched.stdout) == (0, "me/demo: 5 files are as they were written\n")
     hub.somebody_commits("tokenizer.json", b"[]")
-    changed = verify()
+    changed = run_command(tmp_path, "inspect", "--verify", "me/demo")
     assert changed.returncode == 1
     assert "(changed: tokenizer.json)" in changed.stderr
 
@@ -348,7 +383,8 @@ def test_unreachable_hub(hub: FakeHub, artifact: Path, monkeypatch: pytest.Monke
         push(artifact, "me/demo", PushConfig())
 
 
-def test_offline_mode(artifact: Path) -> None:
+def test_offline_mode(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         push(artifact, "me/demo", PushConfig())
 
@@ -408,6 +444,11 @@ def test_a_card_edited_by_hand_is_kept(artifact: Path) -> None:
 def test_bad_repo_names(artifact: Path, repo: str) -> None:
     with pytest.raises(UserError, match="expected owner/name"):
         plan_push(artifact, repo, PushConfig())
+
+
+def test_bad_base_model(artifact: Path) -> None:
+    with pytest.raises(UserError, match="base_model is 'base', expected owner/name"):
+        plan_push(artifact, "me/demo", PushConfig(base_model="base"))
 
 
 def test_pull_request_with_a_revision_is_refused(artifact: Path) -> None:

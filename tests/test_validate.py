@@ -70,6 +70,8 @@ def test_everything_is_written_and_accounted_for(artifact: Path, undisturbed: tu
     report = Report.read(out)
     assert report.model_dump(mode="json") == result
     assert report.artifact.sha256 == artifact_hash(artifact)
+    assert report.artifact.name == artifact.name
+    assert str(artifact.parent) not in (out / "report.json").read_text()  # paths are not for publishing
     assert report.setup.kv_scheme == "int4"
     assert len(lines(out)) == RESULTS
     needles = [row for row in lines(out) if row["kind"] == "needle"]
