@@ -291,26 +291,34 @@ class _Artifact:
             result.not_used.append("fp8 products in prefill of lcconvert.json")
 
     def _commands(self) -> list[str]:
-        tokens, folder = self.spec.max_position, shlex.quote(self.src)
-        beside = Path(self.src.removeprefix("package:")).name.removesuffix(".gguf")
+        tokens, folder, pin = self.spec.max_position, shlex.quote(self.src), ""
+        beside = Path(self.src.removeprefix("package:")).name.partition("@")[0].removesuffix(".gguf")
         commands = []
         if self.engine in _OF_FOLDER and isinstance(self.source, GgufSource):
             out = shlex.quote(f"{beside}-hf")
             commands.append(f"lcconvert export {folder} -o {out} --format safetensors --precision {self._precision()}")
             folder = out
+        elif not isinstance(self.source, GgufSource) and not Path(self.src).expanduser().exists():
+            # a Hub id, whose commit the source's name holds
+            repo, _, commit = self.source.name.partition("@")
+            if self.engine in ("vllm", "sglang"):
+                folder, pin = repo, f" --revision {commit}"
+            else:
+                folder = f"{repo}@{commit}"
         match self.engine:
             case "vllm":
-                commands.append(f"vllm serve {folder} --dtype {self.type_name} --max-model-len {tokens}")
+                commands.append(f"vllm serve {folder} --dtype {self.type_name} --max-model-len {tokens}{pin}")
             case "transformers":
                 commands.append(f"transformers serve {folder} --dtype {self.type_name}")
             case "sglang":
                 commands.append(
                     f"python -m sglang.launch_server --model-path {folder} --dtype {self.type_name} "
-                    f"--context-length {tokens}"
+                    f"--context-length {tokens}{pin}"
                 )
             case "llama.cpp":
-                file = folder
-                if not isinstance(self.source, GgufSource):
+                if isinstance(self.source, GgufSource):
+                    file = shlex.quote(str(self.source.path))
+                else:
                     int4 = any(kind.startswith("int4") for kind in self.linear.values())
                     commands.append(f"lcconvert export {folder} -o {shlex.quote(beside + '-gguf')} --format gguf")
                     file = shlex.quote(f"{beside}-gguf/model-{'q4_0' if int4 else 'bf16'}.gguf")

