@@ -260,12 +260,12 @@ for name in json.loads(sys.argv[1]):
 """
 
 
-def ask(endpoint: str, cache: Path, *sources: str, code: str = CLIENT) -> list[Any]:
+def ask(endpoint: str, cache: Path, *sources: str, code: str = CLIENT, offline: str = "0") -> list[Any]:
     """In a process of its own: huggingface_hub reads its settings when it is imported."""
     environment = os.environ | {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(cache),
-        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_OFFLINE": offline,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_TOKEN": "",
@@ -307,20 +307,26 @@ def test_what_was_fetched_opens_again_without_the_hub(hub: tuple[str, list[str],
     online = ask(endpoint, cache, *names)
     assert [answer[0] for answer in online] == [f"o/m@{COMMITS[name]}" for name in ("main", "v1", "v1")]
     assert ask("http://127.0.0.1:9", cache, *names) == online
+    assert ask("http://127.0.0.1:9", cache, *names, offline="1") == online
 
 
 def test_provenance_holds_the_commit_and_the_licence(hub: tuple[str, list[str], Path]) -> None:
-    """So a branch that moves on does not change what an artifact says it was made from."""
+    """So a branch that moves on does not change what an artifact says it was made from; and it can be validated."""
     endpoint, _, cache = hub
     code = """
 import json, sys
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.provenance import origin
-print(json.dumps([origin(name, open_checkpoint(name)) for name in json.loads(sys.argv[1])]))
+from lcconvert.convert.validate import identity
+sources = {name: open_checkpoint(name) for name in json.loads(sys.argv[1])}
+print(json.dumps([origin(name, source) for name, source in sources.items()]))
+print(json.dumps([identity(source) for source in sources.values()]))
 """
-    [(latest, pinned)] = ask(endpoint, cache, "o/m", "o/m@v1", code=code)
+    (latest, pinned), (weights, same_weights) = ask(endpoint, cache, "o/m", "o/m@v1", code=code)
     assert latest == {"source": "o/m", "revision": COMMITS["main"], "license": "other", "license_name": "mine"}
     assert pinned == latest | {"revision": COMMITS["v1"]}
+    assert weights == same_weights
+    assert len(weights[0]) == 64
 
 
 def test_a_connection_that_breaks(hub: tuple[str, list[str], Path]) -> None:
