@@ -18,8 +18,9 @@ Measured on an H100 (copy 3.0 TB/s), int4 pages, 1,048,576 tokens, 32/8 heads of
 | | 2 | 6 / 8 | 4 | 2.80 / 2.38 |
 | | 2, exact ends in the same launch | 4 / 6 | 5 | 2.57 / 2.44 |
 
-The rows but the last summed the values of all pages within the tensor core, which drifts (see the kernel); the
-instructions are as many. 328 pages for each KV head and the ends, in a CUDA graph: 30 us in one launch, 37 us in two.
+The last row, with 7 stages, is what runs. The others summed the values of all pages within the tensor core, which drifts
+(see the kernel); their instructions are as many, so a launch of their own for the ends may win again where pages are
+many. 328 pages for each KV head and the ends, in a CUDA graph: 30 us in one launch, 37 us in two.
 """
 
 # mypy: allow-untyped-defs
@@ -38,7 +39,6 @@ from lcconvert.kernels.kv_pages import PAGE, PageTensors
 
 _CHUNK_PAGES = 32  # pages the reference holds in float32 at once
 _PIECE = 64  # tokens of exact ends a program takes
-_SHARED = 1024  # pages beside which exact ends have no launch of their own
 
 
 @dataclass(frozen=True)
@@ -430,7 +430,7 @@ def _attend_triton(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> 
     sequences, heads, d = q.shape
     kv_heads = parts[0].k.data.shape[1]
     group = heads // kv_heads
-    ends = parts[0] if len(parts) > 1 and _share_launch(*parts[:2]) else None
+    ends = parts[0] if len(parts) > 1 and _short(parts[0]) else None
     parts = parts if ends is None else parts[1:]
     # The grid depends on shapes alone: a captured CUDA graph serves every length.
     resident = [_programs(part) * processors(q.device) // kv_heads for part in parts]
@@ -471,13 +471,9 @@ def _attend_triton(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> 
     return out
 
 
-def _share_launch(ends: PagePart, part: PagePart) -> bool:
-    """Whether `ends` are the exact ends of sequences and `part` is short enough to attend to them in its launch.
-
-    With few pages a launch more would show; with many it does not, but programs that no longer fit evenly do.
-    """
-    short = ends.k.kind == ends.v.kind == "plain" and ends.tokens.dim() == 1 and ends.table.shape[1] <= 4
-    return short and part.table.shape[-1] <= _SHARED
+def _short(part: PagePart) -> bool:
+    """Whether a part is the exact ends of sequences, which one launch attends to beside another part."""
+    return part.k.kind == part.v.kind == "plain" and part.tokens.dim() == 1 and part.table.shape[1] <= 4
 
 
 def _programs(part: PagePart) -> int:
@@ -495,7 +491,7 @@ def _warps(part: PagePart) -> int:
 
 def _stages(part: PagePart) -> int:
     """Pages in flight for each program, plus two: the pipeliner spends a stage on the page table and one on use."""
-    return 7 if part.k.kind == part.v.kind == "fp8" else 5
+    return 7 if part.k.kind == "int4_channel" or part.k.kind == part.v.kind == "fp8" else 5
 
 
 def _units(pages: PageTensors) -> torch.Tensor:

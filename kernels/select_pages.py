@@ -31,7 +31,7 @@ from lcconvert.kernels.kv_pages import PAGE, PageTensors
 
 _ONE = 2**30  # a share of 1.0
 _FORCED = 2**31 - 1  # key of a page that is kept whatever its bound
-_PAGES = 64  # bounded by one program
+_PAGES = 32  # bounded by one program
 
 
 def select_pages(
@@ -199,6 +199,6 @@ def _select_pages_triton(
     wide = max(16, triton.next_power_of_2(most))
     _list_pages_kernel[(kv_heads, sequences)](
         keys, table, pages, out, tokens, most, width, share, floor,
-        PAGE=PAGE, ONE=_ONE, FORCED=_FORCED, WIDTH=wide, num_warps=max(min(8, wide // 256), wide // 1024, 1),
+        PAGE=PAGE, ONE=_ONE, FORCED=_FORCED, WIDTH=wide, num_warps=min(8, max(1, wide // 256)),
     )  # fmt: skip
     return out, tokens

@@ -122,14 +122,6 @@ def test_both_ends_and_the_middle(device):
     assert torch.equal(attend_pages(q, parts), out)
 
 
-def test_ends_beside_long_lists_have_their_own_launch(device, monkeypatch):
-    monkeypatch.setattr(paged_decode, "_SHARED", 4)
-    k, v = pool("int4_channel", 1, device=device), pool("int4_token", 2, device=device)
-    parts = [exact([200, 3], device), PagePart(k, v, *listed([[0, 1, 2, 3, 4], []], device))]
-    q = queries(2, 4, 32, device)
-    close(attend_pages(q, parts), attention(q, parts), TOLERANCE[device])
-
-
 def test_one_long_sequence_among_short_ones(device):
     k, v = pool("int4_channel", 1, device=device), pool("int4_token", 2, device=device)
     rows = [[1], [], [2, 4, 0, 1, 3] * 8, [3, 3], [4]]
