@@ -18,7 +18,7 @@ Measured on an H100 (copy 3.0 TB/s), int4 pages, 1,048,576 tokens, 32/8 heads of
 | | 2 | 6 / 8 | 4 | 2.80 / 2.38 |
 | | 2, exact ends in the same launch | 4 / 6 | 5 | 2.57 / 2.44 |
 
-The last row, with 7 stages, is what runs. The others summed the values of all pages within the tensor core, which drifts
+The last row, with 7 stages, is what runs. Others summed the values of all pages within the tensor core, which drifts
 (see the kernel); their instructions are as many, so a launch of their own for the ends may win again where pages are
 many. 328 pages for each KV head and the ends, in a CUDA graph: 30 us in one launch, 37 us in two.
 """

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_tools import close, run_on, storage  # noqa: F401
 
-from lcconvert.kernels import backend, paged_decode
+from lcconvert.kernels import backend
 from lcconvert.kernels.kv_pages import (
     PAGE,
     PageTensors,
