@@ -180,7 +180,8 @@ class _Artifact:
         stored = "bf16"
         if self.engine == "vllm" and scheme:
             stored, result.kv_cache = "fp8", "fp8 e4m3"
-            each = "per KV head" if scheme.get("strategy") == "attn_head" else "per layer"
+            by_head = scheme.get("strategy") == "attn_head"
+            each = "per KV head (needs FlashAttention 3: Hopper or newer)" if by_head else "per layer"
             spread = f", {float(min(v.min() for v in values)):.3g} to {float(max(v.max() for v in values)):.3g}"
             result.kv_scales = f"{len(found)} of {len(layers)} layers, {each}" + (spread if values else "")
             if missing := sorted(set(both) - set(found)):

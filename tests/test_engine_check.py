@@ -111,7 +111,7 @@ def test_every_variant_is_served_by_every_engine(artifacts: dict[str, Path], nam
 def test_what_vllm_reads(artifacts: dict[str, Path]) -> None:
     pro, flash, wide = (check_engine(str(artifacts[name]), "vllm") for name in ("pro", "flash", "wide"))
     assert (pro.kv_cache, flash.kv_cache) == ("fp8 e4m3", "bfloat16")
-    assert pro.kv_scales.startswith("2 of 2 layers, per KV head, ")
+    assert pro.kv_scales.startswith("2 of 2 layers, per KV head (needs FlashAttention 3: Hopper or newer), ")
     assert pro.kv_bytes * 2 == flash.kv_bytes == 8192 * 2 * 2 * 2 * 16 * 2
     assert pro.weights == [
         "14 linear layers fp8 e4m3 by channel, activations fp8 by token (W8A8; below compute capability 8.9: W8A16)"
