@@ -13,6 +13,7 @@ import random
 from dataclasses import dataclass
 
 from lcconvert.convert.haystack import SentenceBank
+from lcconvert.convert.prompt_parts import Ending, cut_to, padding, prompt_ids, split_prompt
 from lcconvert.runtime.errors import CheckFailed, UserError
 from lcconvert.runtime.tokenizer import Tokenizer
 
@@ -31,7 +32,6 @@ _KINDS = (
     "access code", "price", "phone number", "password", "ticket number", "room number", "population", "serial number",
     "licence plate", "postcode", "budget", "mileage", "insurance value", "area", "altitude", "balance",
 )  # fmt: skip
-_PAD = " ."
 _ATTEMPTS = 6
 _TRIED = 1500  # names looked at for subjects of equal token count
 
@@ -92,10 +92,6 @@ def _equal_cost(tokenizer: Tokenizer, kinds: list[str], names: list[str]) -> lis
     raise UserError(f"{len(kinds) - 1} depths need as many subjects of equal token count; ask for fewer depths")
 
 
-def prompt_mode(tokenizer: Tokenizer) -> str:
-    return "chat" if tokenizer.has_chat_template else "completion"
-
-
 def build_prompt(
     tokenizer: Tokenizer,
     bank: SentenceBank,
@@ -111,7 +107,8 @@ def build_prompt(
     `start` is the sentence of `bank` that the haystack begins with. UserError when the frame alone does not fit.
     """
     target = length - reserved
-    frame = len(_encode(tokenizer, _content(needles, [], "", questions[0])[0], questions[0]))
+    endings = [Ending(_QUESTION.format(subject=subject), _PREFIX.format(subject=subject)) for subject in questions]
+    frame = len(prompt_ids(tokenizer, _content(needles, [], "")[0] + endings[0].question, endings[0].prefix))
     if frame > target:
         raise UserError(
             f"needle length {length} is {frame - target} tokens too short for the chat template, "
@@ -121,15 +118,14 @@ def build_prompt(
     sentences = [(bank.sentences[i], bank.count(i)) for i in taken]
     room = target - frame - sum(count for _, count in sentences)
     following = bank.sentences[((taken[-1] + 1) if taken else start) % len(bank.sentences)]
-    if cut := _cut_to(tokenizer, following, room):
+    if cut := cut_to(tokenizer, following, room):
         sentences.append((cut, len(tokenizer.encode(f" {cut}"))))
         room -= sentences[-1][1]
 
-    # in tokens; a dot of the pad costs one token in common vocabularies, two in a byte-level one without merges
-    pads, unit = room, len(tokenizer.encode(_PAD * 4)) // 4 or 1
+    pads = room  # in tokens
     for _ in range(_ATTEMPTS):
-        content, depths = _content(needles, sentences, _PAD * (pads // unit) + "." * (pads % unit), questions[0])
-        ids = _encode(tokenizer, content, questions[0])
+        stem, depths = _content(needles, sentences, padding(tokenizer, pads))
+        ids = prompt_ids(tokenizer, stem + endings[0].question, endings[0].prefix)
         if len(ids) == target:
             break
         pads += target - len(ids)
@@ -137,16 +133,12 @@ def build_prompt(
             pads += sentences.pop()[1]
     else:
         raise CheckFailed(f"no needle prompt of exactly {target} tokens could be built with this tokenizer")
-    if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
-        raise CheckFailed("the prompt begins with two BOS tokens; the chat template and the tokenizer both add one")
-    context, tails = _split(tokenizer, content, ids, questions)
+    context, tails = split_prompt(tokenizer, stem, ids, endings)
     return Prompt(context, tails, depths, repetition, start + len(taken) >= len(bank.sentences))
 
 
-def _content(
-    needles: list[Needle], sentences: list[tuple[str, int]], padding: str, question: str
-) -> tuple[str, list[float]]:
-    """The user's message, and for each needle the share of haystack tokens before it."""
+def _content(needles: list[Needle], sentences: list[tuple[str, int]], pad: str) -> tuple[str, list[float]]:
+    """The user's message without its question, and for each needle the share of haystack tokens before it."""
     total = sum(count for _, count in sentences)
     pending = sorted(range(len(needles)), key=lambda i: needles[i].depth)
     depths = [0.0] * len(needles)
@@ -162,51 +154,5 @@ def _content(
             used += count
     # padding stands inside the haystack, before a needle at its very end
     last = len(parts) - 1 if parts and needles and max(n.depth for n in needles) >= 1 else len(parts)
-    parts.insert(last, padding)
-    return _INTRO + "".join(parts).strip() + _QUESTION.format(subject=question), depths
-
-
-def _text(tokenizer: Tokenizer, content: str, subject: str) -> str:
-    prefix = _PREFIX.format(subject=subject)
-    if tokenizer.has_chat_template:
-        return tokenizer.chat([{"role": "user", "content": content}]) + prefix
-    return f"{content}\n\n{prefix}"
-
-
-def _encode(tokenizer: Tokenizer, content: str, subject: str) -> list[int]:
-    """The ids a server would see."""
-    if tokenizer.has_chat_template:
-        return tokenizer.encode_chat([{"role": "user", "content": content}], prefix=_PREFIX.format(subject=subject))
-    return tokenizer.encode(_text(tokenizer, content, subject), add_special=True)
-
-
-def _cut_to(tokenizer: Tokenizer, sentence: str, room: int) -> str:
-    """The longest beginning of `sentence`, in whole words, that costs at most `room` tokens."""
-    words = sentence.split(" ")
-    low, high = 0, len(words)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if len(tokenizer.encode(" " + " ".join(words[:middle]))) <= room:
-            low = middle
-        else:
-            high = middle - 1
-    return " ".join(words[:low])
-
-
-def _split(
-    tokenizer: Tokenizer, content: str, ids: list[int], questions: list[str]
-) -> tuple[list[int], list[list[int]]]:
-    """The common context and the tail of each question; the cut lies after the newlines before the question."""
-    stem = content[: content.rindex(_QUESTION.format(subject=questions[0]))]
-    contents = [stem + _QUESTION.format(subject=subject) for subject in questions]
-    marks = [_QUESTION.format(subject=subject).lstrip("\n") for subject in questions]
-    texts = [_text(tokenizer, c, subject) for c, subject in zip(contents, questions)]
-    tails = [tokenizer.encode(text[text.rindex(mark) :]) for text, mark in zip(texts, marks)]
-    if ids[len(ids) - len(tails[0]) :] == tails[0]:
-        return ids[: len(ids) - len(tails[0])], tails
-    # a vocabulary that does not split there: encode every prompt whole and cut where they first differ
-    wholes = [ids, *(_encode(tokenizer, c, subject) for c, subject in zip(contents[1:], questions[1:]))]
-    common = 0
-    while all(len(w) > common + 1 for w in wholes) and len({w[common] for w in wholes}) == 1:
-        common += 1
-    return ids[:common], [whole[common:] for whole in wholes]
+    parts.insert(last, pad)
+    return _INTRO + "".join(parts).strip(), depths

@@ -21,7 +21,8 @@ import torch
 
 from lcconvert.convert.cost import PeakMemory, is_out_of_memory, kv_bytes_of, synchronize
 from lcconvert.convert.haystack import SentenceBank
-from lcconvert.convert.needle_prompt import WORDING, Needle, Prompt, build_prompt, choose_needles, prompt_mode
+from lcconvert.convert.needle_prompt import WORDING, Needle, Prompt, build_prompt, choose_needles
+from lcconvert.convert.prompt_parts import prompt_mode
 from lcconvert.convert.results import CellState, Control, Cost, NeedleCell, NeedleLength, Needles
 from lcconvert.convert.samples import SampleLog, sample_key
 from lcconvert.convert.scoring import candidates, decided, score, wilson
