@@ -100,6 +100,7 @@ class DecodeStep:
         spec, numbers = self._model.spec, inputs.numbers
         small = numbers.to(torch.int32)
         page, row, exact_tokens, full_tokens = (small[:, i].contiguous() for i in (_PAGE, _ROW, _EXACT, _FULL))
+        full_pages = full_tokens // PAGE
         exact_table = small[:, _SINK : _TAIL + 1].contiguous()
         cos, sin = rotation(self._freq, self._rope_scale, numbers[:, _POSITION])
         x = self._model.model.embed_tokens(numbers[:, _ID])  # [S, H]
@@ -111,19 +112,21 @@ class DecodeStep:
                 qkv, cos, sin, exact.k.data, exact.v.data, page, row,
                 heads=spec.num_heads, q_norm=layer.q_norm, k_norm=layer.k_norm,
             )  # fmt: skip
-            full = self._full_part(number, q, inputs.table, full_tokens)
+            full = self._full_part(number, q, inputs.table, full_tokens, full_pages)
             delta = products.o(attend_pages(q, [exact, full]).flatten(1))
             gate_up = products.gate_up(rms_norm(x, layer.mlp_norm.weight, layer.mlp_norm.eps, delta=delta))
             delta = products.down(silu_mul(gate_up))
         norm = self._model.model.norm
         return F.linear(rms_norm(x, norm.weight, norm.eps, delta=delta), self._model.head_weight).float()
 
-    def _full_part(self, number: int, q: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor) -> PagePart:
+    def _full_part(
+        self, number: int, q: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor, pages: torch.Tensor
+    ) -> PagePart:
         k, v, policy = self._pool.k[number], self._pool.v[number], self._policy
         if policy.decode_share is None:
             return PagePart(k, v, table, tokens)
         chosen = select_pages(
-            q, k, table, tokens // PAGE,
+            q, k, table, pages,
             share=policy.decode_share, at_least=policy.decode_pages, newest=policy.decode_newest,
         )  # fmt: skip
         return PagePart(k, v, *chosen)
