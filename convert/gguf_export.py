@@ -125,6 +125,8 @@ class _Item:
         linear = self.leaf == "weight" and self.module.endswith("_proj")
         tensor = self.weights.dense(self.module) if linear else self.weights.plain(self.hf_name)
         rows = (tensor if order is None else tensor[order]).reshape(-1, self.shape[-1])
+        if self.kind == _Type.BF16 and rows.dtype == torch.bfloat16:
+            return rows.contiguous().view(torch.uint8).numpy()
         encoded = np.empty((len(rows), self.bytes // len(rows)), np.uint8)
         step = max(1, _ENCODED_AT_ONCE // self.shape[-1])
         for start in range(0, len(rows), step):

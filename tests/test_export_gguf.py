@@ -67,6 +67,13 @@ def test_bf16_reads_back_equal(tmp_path: Path, family: str) -> None:
         assert getattr(after, field) == getattr(before, field), field
 
 
+def test_a_bfloat16_source_is_copied(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "src")
+    src = FolderSource(export(str(tmp_path / "src"), tmp_path / "bf16", ExportConfig(precision="bf16")))
+    written = gguf_of(tmp_path / "bf16", tmp_path / "out")
+    assert all(torch.equal(written.tensor(name), src.tensor(name).float()) for name in src.names())
+
+
 @pytest.mark.parametrize(("precision", "step"), [("q8_0", 1 / 127), ("q4_0", 1 / 8)])
 def test_rounded_types(tmp_path: Path, precision: str, step: float) -> None:
     """No value moves by more than one step of its block's largest."""
