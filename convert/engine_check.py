@@ -27,6 +27,7 @@ from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.linear import QuantLayout
 from lcconvert.runtime.model import Decoder
 from lcconvert.runtime.plan import kv_bytes_per_token
+from lcconvert.runtime.sidecar import NAME as SIDECAR
 from lcconvert.runtime.sidecar import Sidecar
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
@@ -76,15 +77,40 @@ def check_engine(src: str, engine: str) -> Reading:
     """Reads headers, config and KV scales of `src`; UserError for an unknown engine or what is not a checkpoint."""
     if engine not in ENGINES:
         raise UserError(f"engine is {engine!r}, expected one of {', '.join(ENGINES)}")
+    if engine == "onnxruntime" and (Path(src).expanduser() / "model.onnx").is_file():
+        return _read_onnx_folder(src)
     return _Artifact(src, engine).reading()
+
+
+def _read_onnx_folder(src: str) -> Reading:
+    """An ONNX export itself."""
+    from lcconvert.convert.engine_check_onnx import read_onnx
+
+    folder = Path(src).expanduser()
+    spec, context, served, rope, weights = read_onnx(folder)
+    recorded = folder / SIDECAR
+    result = Reading(
+        engine="onnxruntime",
+        source=src,
+        context=context,
+        served=served,
+        validated=Sidecar.parse(recorded.read_bytes(), src).context.validated if recorded.is_file() else None,
+        rope=rope,
+        weights=weights,
+        kv_cache="float32",
+        kv_scales="none",
+        kv_bytes=4 * spec.kv_values_per_token * served,
+        commands=[f"python -c {shlex.quote(_GENAI.format(src, served))}"],
+    )
+    if max(rope.error.values()) > 1e-5:
+        result.otherwise.append("the baked rotary table is not that of config.json; export the checkpoint again")
+    return result
 
 
 class _Artifact:
     def __init__(self, src: str, engine: str):
         self.engine, self.name = engine, _NAMES.get(engine, engine)
         path = Path(src).expanduser()
-        if engine == "onnxruntime" and (path / "model.onnx").is_file():
-            raise UserError(f"{src} is an ONNX export already; give the checkpoint it was made from")
         if engine == "llama.cpp" and path.is_dir() and len(found := sorted(path.glob("*.gguf"))) == 1:
             src = str(found[0])  # the folder of a GGUF export
         self.src = src

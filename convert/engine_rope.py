@@ -35,9 +35,7 @@ class EngineRope:
 
 def engine_rope(engine: str, spec: ModelSpec, dtype: torch.dtype) -> EngineRope:
     """The table of `engine` for a model computing in `dtype`, compared at the old window's end and the context's."""
-    rope, last = spec.rope, spec.max_position - 1
-    edge = min(rope.original_max_position or last, last)
-    positions = torch.tensor(sorted({1, edge, last // 2, last}))
+    rope, positions = spec.rope, compared_positions(spec, spec.max_position)
     scale = engine_scale(engine, rope, spec.max_position)
     kept = torch.float32 if engine in ("llama.cpp", "onnxruntime") else dtype
     angle = _angles(engine, rope, spec.head_dim, positions)
@@ -53,6 +51,12 @@ def engine_rope(engine: str, spec: ModelSpec, dtype: torch.dtype) -> EngineRope:
         stored=str(kept).removeprefix("torch."),
         error={int(at): float(off) for at, off in zip(positions, error)},
     )
+
+
+def compared_positions(spec: ModelSpec, context: int) -> torch.Tensor:
+    """The first turn, the old window's end, the middle and the end of `context`: int64, ascending."""
+    last = context - 1
+    return torch.tensor(sorted({min(1, last), min(spec.rope.original_max_position or last, last), last // 2, last}))
 
 
 def engine_scale(engine: str, rope: RopeSpec, context: int) -> float:

@@ -253,6 +253,28 @@ def test_a_gguf_file(artifacts: dict[str, Path], tmp_path: Path) -> None:
     ]
 
 
+def test_an_onnx_folder(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    folder = export(str(artifacts["flash"]), tmp_path / "out", ExportConfig(format="onnx", compare="never"))
+    reading = check_engine(str(folder), "onnxruntime")
+    assert (reading.context, reading.rope.kind, reading.otherwise) == (8192, "yarn", [])
+    assert reading.rope.scale == pytest.approx(YARN.attention_scale)
+    assert reading.weights == ["14 products int4 by groups of 64 (MatMulNBits)", "1 products in float32"]
+    assert max(reading.rope.error.values()) < 1e-6
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["factor"] = 8.0
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "the baked rotary table is not that of config.json" in sentences(check_engine(str(folder), "onnxruntime"))
+    (folder / "model.onnx.data").unlink()
+    with pytest.raises(UserError, match=r"model\.onnx\.data is missing or too short for cos_cache"):
+        check_engine(str(folder), "onnxruntime")
+    (folder / "model.onnx").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"is no whole ONNX export \(DecodeError"):
+        check_engine(str(folder), "onnxruntime")
+    (folder / "genai_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is no whole ONNX export \(KeyError: 'model'\)"):
+        check_engine(str(folder), "onnxruntime")
+
+
 def test_a_hub_id_is_served_at_the_commit_that_was_read(artifacts: dict[str, Path], monkeypatch) -> None:
     source = FolderSource(artifacts["pro"])
     source.name = "owner/model@0123abc"
