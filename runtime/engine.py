@@ -8,11 +8,11 @@ its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from lcconvert.runtime.answer import Answer, Piece
 from lcconvert.runtime.decode import MOST_SEQUENCES, DecodeStep
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.kv_cache import PagePool, Sequence, StagedAppend, read_scales
@@ -20,29 +20,19 @@ from lcconvert.runtime.model import Decoder, load_decoder
 from lcconvert.runtime.plan import MemoryPlan, plan_for_source
 from lcconvert.runtime.prefill import Cancelled, PrefillSetup, Progress, run_prefill
 from lcconvert.runtime.products import Gemm, LayerWeights
-from lcconvert.runtime.sampler import SamplingParams, sample
+from lcconvert.runtime.sampler import SamplingParams
 from lcconvert.runtime.sidecar import PAGE, AttentionPolicy, KVConfig, Sidecar
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.timing import PartTimer
 from lcconvert.runtime.tokenizer import Tokenizer
 from lcconvert.runtime.units import format_count
 
-__all__ = ["Cancelled", "ContextExceeded", "Engine", "Piece", "Progress"]
+__all__ = ["Answer", "Cancelled", "ContextExceeded", "Engine", "Piece", "Progress"]
 CPU_CHUNK = 4_096  # rows of a prefill chunk where memory is not what limits it
 
 
 class ContextExceeded(UserError):
     """The prompt, or prompt plus answer, is longer than the engine's context."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One generated token: the text it completes (may be empty), its natural-log probability, why generation ended."""
-
-    token: int
-    text: str
-    logprob: float
-    finish: Literal["stop", "length"] | None = None
 
 
 class Engine:
@@ -214,6 +204,10 @@ class Engine:
         """Normed hidden states [T, H] -> float32 logits [T, V]; pass at most a few hundred rows."""
         return self.model.logits(hidden)
 
+    def answer(self, params: SamplingParams) -> Answer:
+        """The state of one new answer in this model's vocabulary."""
+        return Answer(params, self.tokenizer, self.eos_ids)
+
     def generate(
         self,
         ids: list[int],
@@ -223,38 +217,24 @@ class Engine:
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[Piece]:
-        """Prefills `ids` (on top of `seq` when given) and yields a Piece a token.
+        """Prefills `ids` (on top of `seq` when given) and yields a Piece a token, as `Answer.push` makes them.
 
-        Text that may be the beginning of a stop string is held back until it is decided; a stop string itself is never
-        yielded. The last piece has `finish`: "stop" for an end token or stop string, "length" for `max_tokens` or a
-        full context. A sequence made here is freed at the end; a given one keeps the answer but for
-        its last token.
+        The last piece has `finish`: "stop" for an end token or stop string, "length" for `max_tokens` or a full
+        context. A sequence made here is freed at the end; a given one keeps the answer but for its last token.
         """
         own = seq is None
         seq = self.new_sequence() if seq is None else seq
         try:
             logits = self.prefill(seq, ids, progress=progress, cancelled=cancelled)
-            generator, stream, held = params.generator(), self.tokenizer.stream(), ""
-            for count in range(1, params.max_tokens + 1):
+            answer = self.answer(params)
+            while True:
                 if cancelled is not None and cancelled():
-                    raise Cancelled(f"stopped after {count - 1} tokens")
-                token, logprob = sample(logits, params, generator)
-                if token in self.eos_ids:
-                    yield Piece(token, held + stream.flush(), logprob, "stop")
+                    raise Cancelled(f"stopped after {answer.count} tokens")
+                piece = answer.push(logits, full=seq.length >= self.max_context)
+                yield piece
+                if piece.finish is not None:
                     return
-                held += stream.push(token)
-                full = count == params.max_tokens or seq.length >= self.max_context
-                if full:
-                    held += stream.flush()
-                text, held, stopped = _cut_at_stop(held, params.stop)
-                if stopped:
-                    yield Piece(token, text, logprob, "stop")
-                    return
-                if full:
-                    yield Piece(token, text + held, logprob, "length")
-                    return
-                yield Piece(token, text, logprob)
-                logits = self.decode(seq, token)
+                logits = self.decode(seq, piece.token)
         finally:
             if own:
                 self.free(seq)
@@ -275,15 +255,3 @@ class Engine:
 
 def _has_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _cut_at_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:
-    """(text to give out, text to hold back, whether a stop string was met)."""
-    found = min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=-1)
-    if found >= 0:
-        return text[:found], "", True
-    longest = max((len(stop) for stop in stops), default=0)
-    for size in range(min(longest - 1, len(text)), 0, -1):
-        if any(stop.startswith(text[-size:]) for stop in stops):
-            return text[:-size], text[-size:], False
-    return text, "", False

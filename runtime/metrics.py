@@ -34,7 +34,11 @@ class Metrics:
             "lcconvert_prefill_seconds", "Prefill and first token of a request", buckets=_LONG, registry=registry
         )
         self.decode_seconds = Histogram(
-            "lcconvert_decode_seconds", "One decoded token", buckets=_STEP, registry=registry
+            "lcconvert_decode_seconds", "One decode step, a token for each of its sequences", buckets=_STEP,
+            registry=registry,
+        )  # fmt: skip
+        self.decode_sequences = Histogram(
+            "lcconvert_decode_sequences", "Sequences in a decode step", buckets=range(1, 9), registry=registry
         )
 
     def render(self) -> tuple[bytes, str]:

@@ -1,9 +1,9 @@
 """One thread owns the engine; requests queue for it and their tokens travel back to the event loop.
 
 Torch work never runs on the event loop, so `/health` answers while a long prompt is read. The thread goes in turns:
-one token for every running generation, then the prefill of the request that has waited longest. A turn is also taken
-between the layers of a prefill, so answers keep coming while a long prompt is read, and a prompt of at most a sixteenth
-of its length is let in. Cancelled work stops within one layer. Decoding several sequences in one batch is left out.
+one token for every running generation, up to 8 of them in one step, then the prefill of the request that has waited
+longest. A turn is also taken between the layers of a prefill, so answers keep coming while a long prompt is read, and a
+prompt of at most a sixteenth of its length is let in. Cancelled work stops within one layer.
 
 The surprising rule: a request is admitted only when its prompt plus its `max_tokens` fits beside what is already
 promised to running requests, all within `engine.max_context` tokens. So nothing that was started runs out of cache
@@ -18,14 +18,18 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lcconvert.runtime.engine import Cancelled, Piece
+from lcconvert.runtime.answer import Answer, Piece
+from lcconvert.runtime.decode import MOST_SEQUENCES
+from lcconvert.runtime.engine import Cancelled
 from lcconvert.runtime.metrics import Metrics
 
 if TYPE_CHECKING:
+    import torch
+
     from lcconvert.runtime.engine import Engine, Sequence
     from lcconvert.runtime.sampler import SamplingParams
 
@@ -104,9 +108,8 @@ class Job:
 class _Running:
     job: Job
     sequence: Sequence
-    pieces: Iterator[Piece]
-    prefilled: bool = False
-    busy: bool = False  # inside a step: this turn is taken between two of its layers
+    answer: Answer | None = None  # from the end of the prefill on
+    token: int = 0  # the newest one, not in the cache yet
 
 
 class Worker:
@@ -203,9 +206,7 @@ class Worker:
 
     def _turn(self, longest_prompt: int | None = None) -> None:
         """A token for every running job, then the prefill of the oldest waiting one (up to `longest_prompt` ids)."""
-        for run in list(self._running):
-            if run in self._running and not run.busy:
-                self._step(run)
+        self._decode()
         if (job := self._admit(longest_prompt)) is not None:
             self._begin(job)
         self._metrics.kv_tokens.set(sum(run.sequence.length for run in self._running))
@@ -233,15 +234,13 @@ class Worker:
         except Exception as error:
             self._fail(job, error)
             return
-        report = self._between_layers(job)
-        pieces = self._engine.generate(job.ids, job.params, seq=sequence, progress=report, cancelled=job.cancelled)
-        run = _Running(job, sequence, pieces)
+        run = _Running(job, sequence)
         with self._wake:
             self._running.append(run)
             self._metrics.running.set(len(self._running))
             if self._stopping:  # since this job left the queue
                 job.cancel(Stopped("the server is stopping"))
-        self._step(run)
+        self._prefill(run)
 
     def _between_layers(self, job: Job) -> Callable[[int, int], None]:
         """The engine's progress callback: reports to the reader if it asked, and takes a turn for the others."""
@@ -258,18 +257,14 @@ class Worker:
 
         return report
 
-    def _step(self, run: _Running) -> None:
-        """One token of one job; the first step is its prefill."""
+    def _prefill(self, run: _Running) -> None:
+        """Reads the prompt of one job and gives out its first token."""
         job = run.job
-        if job.cancelled():
-            self._drop(run)
-            return
         started = time.perf_counter()
-        run.busy = True
         try:
-            piece = next(run.pieces, None)
-            if piece is None:
-                raise RuntimeError("the engine ended a generation without a finish reason")
+            report = self._between_layers(job)
+            logits = self._engine.prefill(run.sequence, job.ids, progress=report, cancelled=job.cancelled)
+            run.answer = self._engine.answer(job.params)
         except Cancelled:
             self._drop(run)
             return
@@ -277,15 +272,41 @@ class Worker:
             self._fail(job, error)
             self._drop(run)
             return
-        finally:
-            run.busy = False
-        seconds = time.perf_counter() - started
-        if run.prefilled:
-            self._metrics.decode_seconds.observe(seconds)
-        else:
-            self._metrics.prefill_seconds.observe(seconds)
-            self._metrics.prompt_tokens.inc(len(job.ids))
-            run.prefilled = True
+        self._metrics.prefill_seconds.observe(time.perf_counter() - started)
+        self._metrics.prompt_tokens.inc(len(job.ids))
+        self._push(run, logits)
+
+    def _decode(self) -> None:
+        """One token for every job whose prompt is read."""
+        for run in [run for run in self._running if run.answer is not None and run.job.cancelled()]:
+            self._drop(run)
+        ready = [run for run in self._running if run.answer is not None]
+        for first in range(0, len(ready), MOST_SEQUENCES):
+            group = ready[first : first + MOST_SEQUENCES]
+            started = time.perf_counter()
+            try:
+                logits = self._engine.decode_batch([run.sequence for run in group], [run.token for run in group])
+            except Exception as error:  # how far the step came is not known, so none of its sequences can go on
+                for run in group:
+                    self._fail(run.job, error)
+                    self._drop(run)
+                continue
+            for run, row in zip(group, logits, strict=True):
+                self._push(run, row)
+            self._metrics.decode_seconds.observe(time.perf_counter() - started)
+            self._metrics.decode_sequences.observe(len(group))
+
+    def _push(self, run: _Running, logits: torch.Tensor) -> None:
+        """The next token of one job, from float32 logits [V]."""
+        job = run.job
+        assert run.answer is not None
+        try:
+            piece = run.answer.push(logits, full=run.sequence.length >= self._engine.max_context)
+        except Exception as error:
+            self._fail(job, error)
+            self._drop(run)
+            return
+        run.token = piece.token
         self._metrics.generated_tokens.inc()
         if piece.finish is not None:
             self._drop(run)  # before the client hears of the end, so that its next request finds the room
@@ -297,9 +318,6 @@ class Worker:
 
     def _drop(self, run: _Running) -> None:
         """Ends a generation, whatever state it is in, and gives its pages back."""
-        close = getattr(run.pieces, "close", None)  # a generator is left at its yield; it must not run on
-        if close is not None:
-            close()
         self._engine.free(run.sequence)
         with self._wake:
             self._running.remove(run)

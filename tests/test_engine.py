@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import write_tiny
 
-from lcconvert.runtime.engine import Cancelled, ContextExceeded, Engine, _cut_at_stop
+from lcconvert.runtime.answer import _cut_at_stop
+from lcconvert.runtime.engine import Cancelled, ContextExceeded, Engine
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.kv_cache import PagePool
 from lcconvert.runtime.sampler import SamplingParams, sample

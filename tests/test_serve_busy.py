@@ -7,9 +7,8 @@ import socket
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
-import openai
 import pytest
-from serving import CONTEXT, MODEL, SLOW, Held, eventually, running, tiny_engine
+from serving import CONTEXT, SLOW, Held, eventually, running, tiny_engine
 
 from lcconvert.runtime.engine import Engine
 from lcconvert.runtime.sampler import SamplingParams
@@ -80,33 +79,45 @@ def test_a_short_request_is_answered_between_the_layers_of_a_long_prefill(http, 
         assert answer.result().json()["choices"][0]["text"] == undisturbed
 
 
-def test_running_answers_take_turns_and_equal_those_given_alone(url, engine, monkeypatch) -> None:
-    prompts = ["first", "the second one", "and a third"]
-    alone = [
-        "".join(p.text for p in engine.generate(engine.tokenizer.encode(prompt), SamplingParams(max_tokens=20)))
-        for prompt in prompts
-    ]
-    turns: list[int] = []
-    decode = engine.decode
+def alone(engine: Engine, prompt: str, max_tokens: int) -> str:
+    ids = engine.tokenizer.encode(prompt, add_special=True)
+    return "".join(piece.text for piece in engine.generate(ids, SamplingParams(max_tokens=max_tokens)))
 
-    def log_turn(seq, token):  # type: ignore[no-untyped-def]
-        if not turns:  # the engine thread goes on when the other two are in the queue
-            eventually(lambda: httpx.get(f"{url}/health").json()["waiting"] == 2)
-        turns.append(id(seq))
-        return decode(seq, token)
 
-    def ask(prompt: str) -> str:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            chunks = client.completions.create(model=MODEL, prompt=prompt, max_tokens=20, temperature=0, stream=True)
-            return "".join(chunk.choices[0].text for chunk in chunks)
+def test_running_answers_share_steps_and_equal_those_given_alone(url, engine, monkeypatch) -> None:
+    """Eleven answers of different lengths, three more than a step takes: they begin and end at different times."""
+    prompts = [f"{number} " + "what is this? " * number for number in range(1, 12)]
+    tokens = [20 + 3 * number for number in range(11)]
+    expected = [alone(engine, prompt, count) for prompt, count in zip(prompts, tokens)]
+    steps: list[list[int]] = []
+    decode = engine.decode_batch
 
-    monkeypatch.setattr(engine, "decode", log_turn)
-    with ThreadPoolExecutor() as pool:
-        assert list(pool.map(ask, prompts)) == alone
-    one, two, three = dict.fromkeys(turns)  # in order of their first token
-    together = turns[turns.index(three) : len(turns) - turns[::-1].index(one)]
-    assert len(together) >= 30
-    assert together == [(three, one, two)[i % 3] for i in range(len(together))]
+    def log_step(seqs, tokens):  # type: ignore[no-untyped-def]
+        if not steps:  # the engine thread goes on when the others are in the queue
+            eventually(lambda: httpx.get(f"{url}/health").json()["waiting"] == 10)
+        steps.append([id(seq) for seq in seqs])
+        return decode(seqs, tokens)
+
+    def ask(prompt: str, count: int) -> str:
+        body = {"prompt": prompt, "max_tokens": count, "temperature": 0}
+        return httpx.post(f"{url}/v1/completions", json=body, timeout=30).json()["choices"][0]["text"]
+
+    monkeypatch.setattr(engine, "decode_batch", log_step)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(ask, prompts, tokens)) == expected
+    assert {len(step) for step in steps} == set(range(1, 9))
+    assert all(len(set(step)) == len(step) for step in steps)
+
+
+def test_a_failing_step_ends_its_answers_and_no_others(http, url, engine, monkeypatch) -> None:
+    def fail(seqs, tokens):  # type: ignore[no-untyped-def]
+        raise RuntimeError("no such step")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "decode_batch", fail)
+        assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 500
+        assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+    assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
