@@ -255,6 +255,8 @@ def _persistently(api: HfApi, src: Path, repo: str, config: PushConfig, names: l
         try:
             return _send(api, src, repo, config, names)
         except ValueError as error:  # the library's word for metadata that the Hub refuses
+            if "README.md" not in str(error):
+                raise
             raise UserError(
                 f"the Hub does not accept README.md ({' '.join(_masked(error).split())}); correct its metadata"
             ) from None
