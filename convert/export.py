@@ -28,7 +28,7 @@ from lcconvert.runtime.spec import ModelSpec
 
 PRECISIONS = {
     "safetensors": ("auto", "fp32", "bf16", "fp16"),
-    "onnx": ("auto", "fp32", "int4"),
+    "onnx": ("auto", "fp32", "fp16", "int4"),
     "gguf": ("auto", "bf16", "q8_0", "q4_0"),
 }
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

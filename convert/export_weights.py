@@ -18,7 +18,7 @@ from lcconvert.runtime.model import check_finite
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
 
-GROUP_SIZES = (128, 64, 32, 16)  # MatMulNBits: powers of two from 16
+GROUP_SIZES = (256, 128, 64, 32, 16)  # MatMulNBits: powers of two from 16
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A protobuf message stops at 2 GiB, hence "external data": the graph holds (file, offset, length), the bytes lie beside
 it. Surprising rule: onnx's own helpers want every array in memory before they write the first, so the file is written
-here and only the pointers are handed to onnx. Floats are written as float32, packed integers as they are.
+here and only the pointers are handed to onnx. Floats are written in one type, packed integers as they are.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ from pathlib import Path
 import onnx
 import torch
 
+from lcconvert.runtime.errors import UserError
+
 _ALIGN = 4096  # a page, so that a runtime can map a tensor without copying it
 _BLOCK_BYTES = 1 << 26
-_TYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.uint8: onnx.TensorProto.UINT8}
+ONNX_TYPES = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.uint8: onnx.TensorProto.UINT8,
+}
 
 
 class ExternalData:
-    """Writes `path` (which must not exist) and gives out the initializers that point into it."""
+    """Writes `path` (which must not exist), floats as `float_type`; gives out the initializers that point into it."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, float_type: torch.dtype = torch.float32):
+        self.path, self.float_type = path, float_type
         self._file = path.open("xb")
         self.digests: dict[str, str] = {}  # initializer -> SHA-256 of its bytes, for the check after writing
 
@@ -34,22 +40,30 @@ class ExternalData:
         self._file.close()
 
     def add(self, name: str, tensor: torch.Tensor) -> onnx.TensorProto:
-        """Appends a float tensor (as float32) or a uint8 tensor of any shape, a block of rows at a time."""
-        dtype = torch.uint8 if tensor.dtype == torch.uint8 else torch.float32
-        return self.add_blocks(name, tuple(tensor.shape), dtype, _row_blocks(tensor))
+        """Appends a finite float tensor or a uint8 tensor of any shape, a block of rows at a time.
+
+        UserError when a value is beyond the range of float16 and that is the type written.
+        """
+        return self.add_blocks(name, tuple(tensor.shape), tensor.dtype, _row_blocks(tensor))
 
     def add_blocks(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, blocks: Iterable[torch.Tensor]
     ) -> onnx.TensorProto:
-        """Appends a tensor given as consecutive pieces of its rows; their sizes must add up to `shape`."""
+        """`add` of a tensor given as consecutive pieces of its rows; their sizes must add up to `shape`."""
+        dtype = dtype if dtype == torch.uint8 else self.float_type
         self._file.write(b"\0" * (-self._file.tell() % _ALIGN))
         offset, digest = self._file.tell(), hashlib.sha256()
         for block in blocks:
-            raw = block.to(dtype).contiguous().numpy().data
+            block = block.to(dtype)
+            if dtype == torch.float16 and not torch.isfinite(block).all():
+                raise UserError(
+                    f"tensor {name} holds a value beyond 65,504, the most that float16 can; export with precision fp32"
+                )
+            raw = block.contiguous().numpy().data
             digest.update(raw)
             self._file.write(raw)
         length = self._file.tell() - offset
-        proto = onnx.TensorProto(name=name, data_type=_TYPES[dtype], dims=shape)
+        proto = onnx.TensorProto(name=name, data_type=ONNX_TYPES[dtype], dims=shape)
         assert length == dtype.itemsize * torch.Size(shape).numel(), (name, shape, length)
         proto.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", self.path.name), ("offset", str(offset)), ("length", str(length))):

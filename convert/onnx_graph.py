@@ -3,8 +3,8 @@
 Linear weights keep their checkpoint layout [N, K]: Gemm reads them transposed and MatMulNBits takes compressed-tensors'
 int4 bytes as they are, so a tied head is one initializer and exporting copies bytes. Attention is ONNX Runtime's
 GroupQueryAttention, which rotates by the cos/sin rows it is given: our own RoPE table, attention factor included, not a
-second reading of the RoPE fields. Inputs, outputs and cache have the names onnxruntime-genai expects; all are float32
-(the CPU provider has no other complete set of kernels).
+second reading of the RoPE fields. Inputs, outputs and cache have the names onnxruntime-genai expects. All that is not
+int4 has one float type, that of `data`; the norms sum in float32 all the same (RMSNormalization's `stash_type`).
 
 Surprising rule: hidden states are [B*S, H] throughout, and only attention sees [B, S, .], because Gemm is 2-D.
 Left out: sliding windows, and logits for the last token only.
@@ -23,7 +23,7 @@ import torch
 from onnx import TensorProto, helper
 
 from lcconvert.convert.export_weights import ExportWeights, Int4Weight
-from lcconvert.convert.onnx_data import ExternalData
+from lcconvert.convert.onnx_data import ONNX_TYPES, ExternalData
 from lcconvert.runtime.rope import cos_sin
 from lcconvert.runtime.spec import ModelSpec
 
@@ -43,15 +43,16 @@ def decoder_graph(
     """The graph of `weights.spec`, its weights appended to `data` layer by layer (`step` is called after each).
 
     `rows` positions can be addressed; `int4_group` is the largest group for weights that are rounded here, None for
-    plain float32 weights. At run time `attention_mask` [B, T] int64 gives the lengths: S new tokens after P cached.
+    plain float weights. At run time `attention_mask` [B, T] int64 gives the lengths: S new tokens after P cached.
     """
     spec = weights.spec
     graph = _Graph(weights, data, int4_group)
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])
     mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total_sequence"])
-    past = [_cache_info(spec, f"past_key_values.{i}.{kv}", "past_sequence") for i, kv in _cache_names(spec)]
-    present = [_cache_info(spec, f"present.{i}.{kv}", "total_sequence") for i, kv in _cache_names(spec)]
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", spec.vocab_size])
+    kind = ONNX_TYPES[data.float_type]
+    past = [_cache_info(spec, kind, f"past_key_values.{i}.{kv}", "past_sequence") for i, kv in _cache_names(spec)]
+    present = [_cache_info(spec, kind, f"present.{i}.{kv}", "total_sequence") for i, kv in _cache_names(spec)]
+    logits = helper.make_tensor_value_info("logits", kind, ["batch", "sequence", spec.vocab_size])
 
     graph.lengths()
     graph.rope_tables(rows)
@@ -189,9 +190,9 @@ def _cache_names(spec: ModelSpec) -> Iterator[tuple[int, str]]:
     return ((layer, kv) for layer in range(spec.num_layers) for kv in ("key", "value"))
 
 
-def _cache_info(spec: ModelSpec, name: str, length: str) -> onnx.ValueInfoProto:
+def _cache_info(spec: ModelSpec, kind: int, name: str, length: str) -> onnx.ValueInfoProto:
     shape: list[str | int | None] = ["batch", spec.num_kv_heads, length, spec.head_dim]
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+    return helper.make_tensor_value_info(name, kind, shape)
 
 
 def _rope_blocks(spec: ModelSpec, rows: int, index: int) -> Iterator[torch.Tensor]:
