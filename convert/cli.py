@@ -200,9 +200,18 @@ def export_command(src: str, out: Path | None, check: str | None, as_json: bool,
 @click.option("--port", type=int, default=8000, show_default=True, help="0 lets the system choose.")
 @click.option("--api-key", envvar="LCCONVERT_API_KEY", help="Ask clients for this key (or set LCCONVERT_API_KEY).")
 @click.option("--max-context", type=SIZE, help="Tokens to reserve KV memory for; default: the whole context.")
+@click.option(
+    "--prefix-cache", type=SIZE, help="Tokens of ended requests to keep for prompts that begin alike; default: all."
+)
 @device_option
 def serve_command(
-    src: str, host: str, port: int, api_key: str | None, max_context: int | None, device: str | None
+    src: str,
+    host: str,
+    port: int,
+    api_key: str | None,
+    max_context: int | None,
+    prefix_cache: int | None,
+    device: str | None,
 ) -> None:
     """Serve an OpenAI-compatible API; prints its address once requests are answered."""
     from lcconvert.runtime.server import bind, serve
@@ -213,7 +222,11 @@ def serve_command(
 
         engine = Engine.load(open_checkpoint(src), device=device, max_context=max_context)
         serve(
-            engine, api_key=api_key, listener=listener, ready=lambda url: click.echo(f"serving {engine.name} at {url}")
+            engine,
+            api_key=api_key,
+            prefix_cache=prefix_cache,
+            listener=listener,
+            ready=lambda url: click.echo(f"serving {engine.name} at {url}"),
         )
 
 

@@ -55,14 +55,16 @@ _T = TypeVar("_T")
 class _Api:
     """The endpoints of one engine."""
 
-    def __init__(self, engine: Engine, model_name: str, api_key: str | None, keep_alive: float) -> None:
+    def __init__(
+        self, engine: Engine, model_name: str, api_key: str | None, keep_alive: float, prefix_cache: int | None
+    ) -> None:
         self.engine = engine
         self.tokenizer = engine.tokenizer
         self.model_name = model_name
         self.keep_alive = keep_alive
         self.started = time.time()
         self.metrics = Metrics()
-        self.worker = Worker(engine, self.metrics)
+        self.worker = Worker(engine, self.metrics, prefix_cache=prefix_cache)
         self._key = api_key.encode() if api_key else None
         # A token is about four bytes of text; JSON escapes can make six of one. Beyond that nothing can fit.
         self._max_body = 2**20 + 32 * engine.max_context
@@ -225,7 +227,7 @@ class _Api:
             if logprobs is not None:
                 logprobs.append(self._logprob(event))
             if event.finish is not None:
-                return answer.whole(text, event.finish, logprobs, usage_body(len(job.ids), count))
+                return answer.whole(text, event.finish, logprobs, usage_body(len(job.ids), count, job.cached))
 
     async def _stream(self, job: Job, asked: ChatRequest | CompletionRequest, answer: ChatAnswer) -> AsyncIterator[str]:
         """Server-sent events, ended by [DONE] or by an error."""
@@ -249,7 +251,7 @@ class _Api:
                     if event.text or finish is not None or logprobs is not None:
                         yield _sse({**answer.piece(event.text, finish, logprobs), **extra})
             if asked.include_usage:
-                yield _sse(answer.notice(usage=usage_body(len(job.ids), count)))
+                yield _sse(answer.notice(usage=usage_body(len(job.ids), count, job.cached)))
             yield "data: [DONE]\n\n"
         except Exception as error:
             yield _sse(_as_api_error(error).body)
@@ -336,13 +338,19 @@ class _CountRequests:
 
 
 def make_app(
-    engine: Engine, *, model_name: str, api_key: str | None = None, keep_alive: float = KEEP_ALIVE
+    engine: Engine,
+    *,
+    model_name: str,
+    api_key: str | None = None,
+    keep_alive: float = KEEP_ALIVE,
+    prefix_cache: int | None = None,
 ) -> Starlette:
     """The ASGI application of one loaded engine, which its worker thread owns from startup to shutdown.
 
-    `app.state.worker` is that worker. Raises UserError when the engine has no tokenizer.
+    `app.state.worker` is that worker. `prefix_cache`: see `PrefixCache`.
+    Raises UserError when the engine has no tokenizer.
     """
-    api = _Api(engine, model_name, api_key, keep_alive)
+    api = _Api(engine, model_name, api_key, keep_alive, prefix_cache)
     routes = [
         Route("/", api.index),
         Route("/health", api.health),

@@ -23,6 +23,17 @@ class Metrics:
             ["path", "status"], registry=registry,
         )  # fmt: skip
         self.prompt_tokens = Counter("lcconvert_prompt_tokens", "Tokens prefilled", registry=registry)
+        self.cached_tokens = Counter(
+            "lcconvert_cached_prompt_tokens", "Prompt tokens taken from kept contexts", registry=registry
+        )
+        self.prefixes = Counter(
+            "lcconvert_prefix_lookups", "Prompts, by whether a kept context began like them (hit or miss)", ["result"],
+            registry=registry,
+        )  # fmt: skip
+        self.kept_tokens = Gauge(
+            "lcconvert_kept_tokens", "Tokens of contexts kept for later prompts", registry=registry
+        )
+        self.evicted = Gauge("lcconvert_evicted_contexts", "Kept contexts that had to make room", registry=registry)
         self.generated_tokens = Counter("lcconvert_generated_tokens", "Tokens generated", registry=registry)
         self.waiting = Gauge("lcconvert_queue_length", "Requests waiting for the engine", registry=registry)
         self.running = Gauge("lcconvert_running_requests", "Requests that hold a sequence", registry=registry)

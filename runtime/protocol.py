@@ -231,11 +231,12 @@ class TokenLogprob:
         return {"token": self.text, "logprob": self.logprob, "bytes": encoded, "top_logprobs": []}
 
 
-def usage_body(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage_body(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 
@@ -248,7 +249,7 @@ class ChatAnswer:
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(
-        self, text: str, finish: str, logprobs: list[TokenLogprob] | None, usage: dict[str, int]
+        self, text: str, finish: str, logprobs: list[TokenLogprob] | None, usage: dict[str, Any]
     ) -> dict[str, Any]:
         return {"object": self.name, **self._head, "choices": [self._choice(text, finish, logprobs)], "usage": usage}
 

@@ -94,11 +94,13 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     model_name: str | None = None,
+    prefix_cache: int | None = None,
     listener: socket.socket | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serves until SIGINT or SIGTERM, then raises Interrupted, which says what state is left.
 
+    `prefix_cache`: tokens to keep of requests that have ended; None is the whole context, 0 keeps nothing.
     `listener` is a socket from `bind`, made before the model was loaded; without it `host` and `port` are bound here.
     `ready` is told the URL once requests are answered. On a signal no new work is taken, waiting requests are refused,
     running answers have `DRAIN` seconds to finish; a second Ctrl-C does not wait for them.
@@ -107,7 +109,8 @@ def serve(
 
     listener = listener or bind(host, port)
     with listener:
-        app = make_app(engine, model_name=model_name or PurePath(engine.name).name or "model", api_key=api_key)
+        name = model_name or PurePath(engine.name).name or "model"
+        app = make_app(engine, model_name=name, api_key=api_key, prefix_cache=prefix_cache)
         address, bound_port = listener.getsockname()[:2]
         if api_key is None and not ipaddress.ip_address(address).is_loopback:
             _log.warning("listening on %s without an API key: whoever reaches this port can use the model", address)

@@ -6,8 +6,9 @@ longest. A turn is also taken between the layers of a prefill, so answers keep c
 prompt of at most a sixteenth of its length is let in. Cancelled work stops within one layer.
 
 The surprising rule: a request is admitted only when its prompt plus its `max_tokens` fits beside what is already
-promised to running requests, all within `engine.max_context` tokens. So nothing that was started runs out of cache
-half way, and strict first-come order means a long request cannot be starved by short ones.
+promised to running requests, all within `engine.max_context` tokens; pages it shares with them count once. So nothing
+that was started runs out of cache half way, and strict first-come order means a long request cannot be starved by short
+ones. What a request has read stays cached after it (`prefix_cache.py`), also when its client has left.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from lcconvert.runtime.answer import Answer, Piece
 from lcconvert.runtime.decode import MOST_SEQUENCES
 from lcconvert.runtime.engine import Cancelled
 from lcconvert.runtime.metrics import Metrics
+from lcconvert.runtime.prefix_cache import Lease, PrefixCache
 
 if TYPE_CHECKING:
     import torch
 
-    from lcconvert.runtime.engine import Engine, Sequence
+    from lcconvert.runtime.engine import Engine
     from lcconvert.runtime.sampler import SamplingParams
 
 _log = logging.getLogger(__name__)
@@ -65,6 +70,7 @@ class Job:
         self.ids = ids
         self.params = params
         self.progress = progress
+        self.cached = 0  # prompt tokens that were not read again; known before the first piece
         self.created = time.perf_counter()
         self._events: asyncio.Queue[Piece | Progress | Exception] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -74,6 +80,11 @@ class Job:
     def tokens(self) -> int:
         """Cache tokens this job can come to need."""
         return len(self.ids) + self.params.max_tokens
+
+    @cached_property
+    def ids_array(self) -> np.ndarray:
+        """`ids` as int32 [T]."""
+        return np.array(self.ids, np.int32)
 
     async def next(self, timeout: float | None = None) -> Piece | Progress | None:
         """The next event, or None after `timeout` seconds without one. Raises what ended the job early."""
@@ -107,7 +118,7 @@ class Job:
 @dataclass(eq=False)
 class _Running:
     job: Job
-    sequence: Sequence
+    lease: Lease
     answer: Answer | None = None  # from the end of the prefill on
     token: int = 0  # the newest one, not in the cache yet
 
@@ -115,8 +126,18 @@ class _Running:
 class Worker:
     """Owns `engine` from `start()` to `stop()`; every other method is called on the event loop."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, *, max_waiting: int = 256, max_running: int = 32) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        max_waiting: int = 256,
+        max_running: int = 32,
+        prefix_cache: int | None = None,
+    ) -> None:
+        """`prefix_cache`: tokens to keep of requests that have ended, see `PrefixCache`."""
         self._engine = engine
+        self._cache = PrefixCache(engine, prefix_cache)
         self._metrics = metrics
         self._max_waiting = max_waiting
         self._max_running = max_running
@@ -152,10 +173,7 @@ class Worker:
 
     def cancel(self, job: Job, reason: Stopped) -> None:
         """Takes the job out of the queue, or makes the engine leave it."""
-        with self._wake:
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self._metrics.waiting.set(len(self._waiting))
+        self._leave_queue(job)
         job.cancel(reason)
 
     def drain(self, seconds: float) -> None:
@@ -203,44 +221,53 @@ class Worker:
             self._turn()
         for run in list(self._running):
             self._drop(run)
+        self._cache.clear()
 
     def _turn(self, longest_prompt: int | None = None) -> None:
         """A token for every running job, then the prefill of the oldest waiting one (up to `longest_prompt` ids)."""
         self._decode()
-        if (job := self._admit(longest_prompt)) is not None:
-            self._begin(job)
-        self._metrics.kv_tokens.set(sum(run.sequence.length for run in self._running))
+        if (run := self._admit(longest_prompt)) is not None:
+            self._prefill(run)
+        self._metrics.kv_tokens.set(sum(run.lease.sequence.length for run in self._running))
+        self._metrics.kept_tokens.set(self._cache.kept_tokens)
+        self._metrics.evicted.set(self._cache.evicted)
 
-    def _admit(self, longest_prompt: int | None) -> Job | None:
-        """The oldest waiting job, if there is room for it beside what running jobs were promised."""
+    def _admit(self, longest_prompt: int | None) -> _Running | None:
+        """Starts the oldest waiting job, if there is room for it beside what running jobs were promised."""
         with self._wake:
             if self._stopping or not self._waiting or len(self._running) >= self._max_running:
                 return None
             job = self._waiting[0]
-            promised = sum(run.job.tokens for run in self._running)
-            if self._running and promised + job.tokens > self._engine.max_context:
-                return None
-            if longest_prompt is not None and len(job.ids) > longest_prompt:
-                return None
-            self._metrics.waiting.set(len(self._waiting) - 1)
-            return self._waiting.popleft()
-
-    def _begin(self, job: Job) -> None:
-        if job.cancelled():
-            return
-        self._metrics.queue_seconds.observe(time.perf_counter() - job.created)
+        if longest_prompt is not None and len(job.ids) > longest_prompt:
+            return None
         try:
-            sequence = self._engine.new_sequence()
+            lease = self._cache.lease(job.ids_array, job.tokens)
         except Exception as error:
+            self._leave_queue(job)
             self._fail(job, error)
-            return
-        run = _Running(job, sequence)
+            return None
+        if lease is None:
+            return None
+        run = _Running(job, lease)
         with self._wake:
             self._running.append(run)
             self._metrics.running.set(len(self._running))
             if self._stopping:  # since this job left the queue
                 job.cancel(Stopped("the server is stopping"))
-        self._prefill(run)
+        if not self._leave_queue(job):  # its client has just left
+            self._drop(run)
+            return None
+        self._metrics.queue_seconds.observe(time.perf_counter() - job.created)
+        return run
+
+    def _leave_queue(self, job: Job) -> bool:
+        """Whether the job was still waiting."""
+        with self._wake:
+            found = job in self._waiting
+            if found:
+                self._waiting.remove(job)
+            self._metrics.waiting.set(len(self._waiting))
+            return found
 
     def _between_layers(self, job: Job) -> Callable[[int, int], None]:
         """The engine's progress callback: reports to the reader if it asked, and takes a turn for the others."""
@@ -259,11 +286,13 @@ class Worker:
 
     def _prefill(self, run: _Running) -> None:
         """Reads the prompt of one job and gives out its first token."""
-        job = run.job
+        job, lease = run.job, run.lease
+        job.cached = lease.cached
         started = time.perf_counter()
         try:
-            report = self._between_layers(job)
-            logits = self._engine.prefill(run.sequence, job.ids, progress=report, cancelled=job.cancelled)
+            report, rest = self._between_layers(job), job.ids[lease.cached :]
+            logits = self._engine.prefill(lease.sequence, rest, progress=report, cancelled=job.cancelled)
+            self._cache.keep(lease)
             run.answer = self._engine.answer(job.params)
         except Cancelled:
             self._drop(run)
@@ -273,7 +302,9 @@ class Worker:
             self._drop(run)
             return
         self._metrics.prefill_seconds.observe(time.perf_counter() - started)
-        self._metrics.prompt_tokens.inc(len(job.ids))
+        self._metrics.prompt_tokens.inc(len(rest))
+        self._metrics.cached_tokens.inc(lease.cached)
+        self._metrics.prefixes.labels("hit" if lease.cached else "miss").inc()
         self._push(run, logits)
 
     def _decode(self) -> None:
@@ -285,11 +316,11 @@ class Worker:
             group = ready[first : first + MOST_SEQUENCES]
             started = time.perf_counter()
             try:
-                logits = self._engine.decode_batch([run.sequence for run in group], [run.token for run in group])
+                logits = self._engine.decode_batch([run.lease.sequence for run in group], [run.token for run in group])
             except Exception as error:  # how far the step came is not known, so none of its sequences can go on
                 for run in group:
                     self._fail(run.job, error)
-                    self._drop(run)
+                    self._drop(run, broken=True)
                 continue
             for run, row in zip(group, logits, strict=True):
                 self._push(run, row)
@@ -301,7 +332,7 @@ class Worker:
         job = run.job
         assert run.answer is not None
         try:
-            piece = run.answer.push(logits, full=run.sequence.length >= self._engine.max_context)
+            piece = run.answer.push(logits, full=run.lease.sequence.length >= self._engine.max_context)
         except Exception as error:
             self._fail(job, error)
             self._drop(run)
@@ -316,9 +347,11 @@ class Worker:
         _log.error("a request failed in the engine", exc_info=error)
         job.post(error)
 
-    def _drop(self, run: _Running) -> None:
-        """Ends a generation, whatever state it is in, and gives its pages back."""
-        self._engine.free(run.sequence)
+    def _drop(self, run: _Running, *, broken: bool = False) -> None:
+        """Ends a generation and gives back what was promised to it. What it has read is kept, unless it is `broken`."""
+        if run.answer is not None and not broken:
+            self._cache.keep(run.lease)
+        self._cache.end(run.lease)
         with self._wake:
             self._running.remove(run)
             self._metrics.running.set(len(self._running))

@@ -194,7 +194,8 @@ def test_a_silent_stream_sends_comments_and_progress_if_asked(http, url, engine)
         assert next(lines) == ": waiting"
         held.release()
         assert "data: [DONE]" in list(lines)
-    with Held(engine) as held, http.stream("POST", "/v1/completions", json=body | {"progress": True}) as response:
+    body |= {"prompt": "y" + long_prompt(), "progress": True}
+    with Held(engine) as held, http.stream("POST", "/v1/completions", json=body) as response:
         reports = (line for line in response.iter_lines() if "lcconvert_progress" in line)
         assert '"total": 1000000' in next(reports)
         assert '"total": 1000000' in next(reports)
