@@ -203,6 +203,11 @@ def export_command(src: str, out: Path | None, check: str | None, as_json: bool,
 @click.option(
     "--prefix-cache", type=SIZE, help="Tokens of ended requests to keep for prompts that begin alike; default: all."
 )
+@click.option(
+    "--session-dir",
+    type=click.Path(path_type=Path),
+    help="Folder where requests that name a session save their context; one in /dev/shm keeps it in host memory.",
+)
 @device_option
 def serve_command(
     src: str,
@@ -211,6 +216,7 @@ def serve_command(
     api_key: str | None,
     max_context: int | None,
     prefix_cache: int | None,
+    session_dir: Path | None,
     device: str | None,
 ) -> None:
     """Serve an OpenAI-compatible API; prints its address once requests are answered."""
@@ -220,14 +226,41 @@ def serve_command(
         from lcconvert.convert.checkpoint import open_checkpoint
         from lcconvert.runtime.engine import Engine
 
-        engine = Engine.load(open_checkpoint(src), device=device, max_context=max_context)
+        source = open_checkpoint(src)
+        engine = Engine.load(source, device=device, max_context=max_context)
+        sessions = None
+        if session_dir is not None:
+            from lcconvert.convert.validate import identity
+            from lcconvert.runtime.sessions import Sessions
+
+            sessions = Sessions(session_dir, engine, identity(source)[0])
         serve(
             engine,
             api_key=api_key,
             prefix_cache=prefix_cache,
+            sessions=sessions,
             listener=listener,
             ready=lambda url: click.echo(f"serving {engine.name} at {url}"),
         )
+
+
+@cli.command("session", cls=Verb, example="session list --session-dir sessions")
+@click.argument("action", type=click.Choice(["list", "save", "drop"]))
+@click.argument("name", required=False)
+@click.option("--session-dir", type=click.Path(path_type=Path), help="list, drop: the --session-dir of a server.")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="save: address of the running server.")
+@click.option("--api-key", envvar="LCCONVERT_API_KEY", help="save: its key (or set LCCONVERT_API_KEY).")
+def session_command(action: str, name: str | None, session_dir: Path | None, url: str, api_key: str | None) -> None:
+    """List the saved contexts of a folder, make a running server save one now, or drop one."""
+    from lcconvert.convert.session_commands import drop, render_sessions, save
+
+    if action == "list":
+        click.echo(render_sessions(session_dir))
+    elif action == "save":
+        click.echo(f"saved {save(name, url, api_key)} tokens as {name}")
+    else:
+        drop(name, session_dir)
+        click.echo(f"dropped {name}")
 
 
 @cli.command("generate", cls=Verb, example='generate flash --prompt "What is a hacker?" --max-tokens 64')

@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
@@ -40,8 +41,10 @@ from lcconvert.runtime.protocol import (
     TokenLogprob,
     model_body,
     parse_request,
+    session_body,
     usage_body,
 )
+from lcconvert.runtime.sessions import Sessions, drop_session, file_of, list_sessions
 from lcconvert.runtime.worker import ClientLeft, Job, Progress, Rejected, Stopped, Worker
 
 if TYPE_CHECKING:
@@ -56,7 +59,13 @@ class _Api:
     """The endpoints of one engine."""
 
     def __init__(
-        self, engine: Engine, model_name: str, api_key: str | None, keep_alive: float, prefix_cache: int | None
+        self,
+        engine: Engine,
+        model_name: str,
+        api_key: str | None,
+        keep_alive: float,
+        prefix_cache: int | None,
+        sessions: Sessions | None,
     ) -> None:
         self.engine = engine
         self.tokenizer = engine.tokenizer
@@ -64,7 +73,8 @@ class _Api:
         self.keep_alive = keep_alive
         self.started = time.time()
         self.metrics = Metrics()
-        self.worker = Worker(engine, self.metrics, prefix_cache=prefix_cache)
+        self.worker = Worker(engine, self.metrics, prefix_cache=prefix_cache, sessions=sessions)
+        self.session_folder = sessions.folder if sessions else None
         self._key = api_key.encode() if api_key else None
         # A token is about four bytes of text; JSON escapes can make six of one. Beyond that nothing can fit.
         self._max_body = 2**20 + 32 * engine.max_context
@@ -84,7 +94,8 @@ class _Api:
     async def index(self, request: Request) -> Response:
         lines = [
             f"lcconvert serves {self.model_name}, {self.engine.max_context} tokens of context.", "",
-            "POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /health   GET /metrics",
+            "POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/sessions",
+            "GET /health   GET /metrics",
         ]  # fmt: skip
         return PlainTextResponse("\n".join(lines) + "\n")
 
@@ -140,7 +151,33 @@ class _Api:
                 raise ApiError(400, f"prompt: token id {worst} is outside the vocabulary of {size}", param="prompt")
         return await self._answer(request, asked, ids, DEFAULT_COMPLETION_TOKENS, CompletionAnswer(self.model_name))
 
+    async def sessions(self, request: Request) -> Response:
+        self._authorize(request)
+        folder = self._session_folder()
+        found = await self._in_thread(lambda: list_sessions(folder))
+        return JSONResponse({"object": "list", "data": [session_body(name, saved) for name, saved in found]})
+
+    async def session(self, request: Request) -> Response:
+        """POST saves what is kept of a session now; DELETE removes its file."""
+        self._authorize(request)
+        name, folder = request.path_params["name"], self._session_folder()
+        file_of(folder, name)
+        if request.method == "POST":
+            with contextlib.suppress(KeyError):
+                tokens = await asyncio.wrap_future(self.worker.save_session(name))
+                return JSONResponse({"id": name, "object": "session", "tokens": tokens})
+        elif await self._in_thread(lambda: drop_session(folder, name)):
+            return JSONResponse({"id": name, "object": "session", "deleted": True})
+        raise ApiError(404, f"there is no session {name!r} to save or drop", code="session_not_found")
+
     # What the endpoints share
+
+    def _session_folder(self) -> Path:
+        if self.session_folder is None:
+            raise ApiError(
+                400, "this server keeps no sessions; start it with --session-dir", param="session", code="no_sessions"
+            )
+        return self.session_folder
 
     def _authorize(self, request: Request) -> None:
         if self._key is None:
@@ -182,6 +219,8 @@ class _Api:
         default_tokens: int,
         answer: ChatAnswer,
     ) -> Response:
+        if asked.session is not None:
+            self._session_folder()
         room = self.engine.max_context - len(ids)
         max_tokens = asked.asked_tokens or min(default_tokens, room)
         if not ids:
@@ -193,11 +232,8 @@ class _Api:
                 + (" or lower max_tokens" if room > 0 else ""), param="messages" if isinstance(asked, ChatRequest)
                 else "prompt", code="context_length_exceeded",
             )  # fmt: skip
-        job = Job(ids, asked.sampling(max_tokens), progress=bool(asked.progress))
-        try:
-            self.worker.submit(job)
-        except Rejected as error:
-            raise ApiError(503, str(error), code="overloaded", kind="server_error") from None
+        job = Job(ids, asked.sampling(max_tokens), progress=bool(asked.progress), session=asked.session)
+        self.worker.submit(job)
         if asked.stream:
             events = self._stream(job, asked, answer)
             return _EventStream(events, lambda: self.worker.cancel(job, ClientLeft("the stream is over")))
@@ -295,6 +331,8 @@ def _as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, ClientLeft | ClientDisconnect):
         return ApiError(_CLIENT_GONE, "the client left")
+    if isinstance(error, Rejected):
+        return ApiError(503, str(error), code="overloaded", kind="server_error")
     if isinstance(error, Stopped):
         return ApiError(503, f"{error}; send the request again later", code="stopped", kind="server_error")
     if isinstance(error, HTTPException):
@@ -344,23 +382,27 @@ def make_app(
     api_key: str | None = None,
     keep_alive: float = KEEP_ALIVE,
     prefix_cache: int | None = None,
+    sessions: Sessions | None = None,
 ) -> Starlette:
     """The ASGI application of one loaded engine, which its worker thread owns from startup to shutdown.
 
-    `app.state.worker` is that worker. `prefix_cache`: see `PrefixCache`.
+    `app.state.worker` is that worker. `prefix_cache`: see `PrefixCache`;
+    without `sessions` a request that names one is refused.
     Raises UserError when the engine has no tokenizer.
     """
-    api = _Api(engine, model_name, api_key, keep_alive, prefix_cache)
+    api = _Api(engine, model_name, api_key, keep_alive, prefix_cache, sessions)
     routes = [
         Route("/", api.index),
         Route("/health", api.health),
         Route("/metrics", api.show_metrics),
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.model),
+        Route("/v1/sessions", api.sessions),
+        Route("/v1/sessions/{name}", api.session, methods=["POST", "DELETE"]),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
     ]
-    known = (ApiError, UserError, HTTPException, ClientDisconnect, Exception)
+    known = (ApiError, UserError, Rejected, HTTPException, ClientDisconnect, Exception)
     count = Middleware(_CountRequests, metrics=api.metrics, paths=frozenset(route.path for route in routes))
     app = Starlette(
         routes=routes,

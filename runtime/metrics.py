@@ -26,6 +26,9 @@ class Metrics:
         self.cached_tokens = Counter(
             "lcconvert_cached_prompt_tokens", "Prompt tokens taken from kept contexts", registry=registry
         )
+        self.restored_tokens = Counter(
+            "lcconvert_restored_tokens", "Prompt tokens taken from saved sessions", registry=registry
+        )
         self.prefixes = Counter(
             "lcconvert_prefix_lookups", "Prompts, by whether a kept context began like them (hit or miss)", ["result"],
             registry=registry,

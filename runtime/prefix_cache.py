@@ -98,28 +98,26 @@ class PrefixCache:
         return lease
 
     def keep(self, lease: Lease, session: str | None = None) -> None:
-        """Keeps the whole pages that the lease's sequence holds by now."""
+        """Keeps the whole pages that the lease's sequence holds by now, for a session if that is named."""
         seq = lease.sequence
         more = seq.pages[len(lease.pages) :]
         lease.pages += more
         lease.new_pages -= len(more)
         self._used.update(more)
         self._leased.update(more)
-        if seq.length < PAGE or not self._budget:
+        if seq.length < PAGE:
             return
         ids = np.array(seq.ids[: PAGE * (1 + len(seq.pages))], np.int32)
         sink = lease.kept.sink if lease.kept else self._read_sink(seq)
-        lease.kept = Kept(ids, sink, list(seq.pages), session)
-        self.add(lease.kept)
-        self._engine.pool.hold(seq.pages)
-
-    def add(self, new: Kept) -> None:
-        """Keeps `new`, whose pages this cache then owns one use of. Contexts that it continues are let go."""
-        for old in [old for old in self._kept if common_tokens(old.ids, new.ids) == len(old.ids)]:
+        lease.kept = new = Kept(ids, sink, list(seq.pages), session)
+        if not self._budget:
+            return
+        for old in [old for old in self._kept if common_tokens(old.ids, ids) == len(old.ids)]:  # `new` continues it
             new.session = new.session or old.session
             self._forget(old)
         self._kept.append(new)
         self._used.update(new.pages)
+        self._engine.pool.hold(new.pages)
 
     def end(self, lease: Lease) -> None:
         """Gives the lease's sequence and promise back. What was kept of it stays, within the budget."""

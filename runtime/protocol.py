@@ -3,7 +3,8 @@
 Only what the engine does is accepted. A field that would change the answer and is not supported is refused with the
 field's name, never ignored; the same field at the value that means "off" is fine, because client libraries send it.
 Left out: tools, images, JSON mode, several choices per request, log-probabilities other than a chat answer's own.
-Beyond OpenAI's fields there are `top_k` and `progress` (reports while a long prompt is read; streams only).
+Beyond OpenAI's fields there are `top_k`, `progress` (reports while a long prompt is read; streams only) and `session`
+(the name under which the context is saved and restored).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 
 from lcconvert.runtime.sampler import SamplingParams
+from lcconvert.runtime.sessions import NAME as SESSION_NAME
+from lcconvert.runtime.sessions import Saved, SessionError
 
 # Tokens generated when a request sets no limit. OpenAI's own default for chat is "all the context allows", which here
 # would reserve the whole cache for every greeting; the answer then ends with finish_reason "length".
@@ -138,6 +141,7 @@ class _Generation(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     progress: bool | None = None
+    session: str | None = Field(None, pattern=f"^{SESSION_NAME}$")
 
     @property
     def asked_tokens(self) -> int | None:
@@ -296,3 +300,15 @@ def _chat_logprobs(logprobs: list[TokenLogprob] | None) -> dict[str, Any] | None
 
 def model_body(name: str, created: int, max_context: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "lcconvert", "max_model_len": max_context}
+
+
+def session_body(name: str, saved: Saved | SessionError) -> dict[str, Any]:
+    if isinstance(saved, SessionError):
+        return {"id": name, "object": "session", "error": str(saved)}
+    return {
+        "id": name,
+        "object": "session",
+        "created": int(saved.saved_at),
+        "tokens": saved.tokens,
+        "bytes": saved.size,
+    }

@@ -23,6 +23,7 @@ from lcconvert.runtime.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from lcconvert.runtime.engine import Engine
+    from lcconvert.runtime.sessions import Sessions
     from lcconvert.runtime.worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ def serve(
     api_key: str | None = None,
     model_name: str | None = None,
     prefix_cache: int | None = None,
+    sessions: Sessions | None = None,
     listener: socket.socket | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -110,7 +112,7 @@ def serve(
     listener = listener or bind(host, port)
     with listener:
         name = model_name or PurePath(engine.name).name or "model"
-        app = make_app(engine, model_name=name, api_key=api_key, prefix_cache=prefix_cache)
+        app = make_app(engine, model_name=name, api_key=api_key, prefix_cache=prefix_cache, sessions=sessions)
         address, bound_port = listener.getsockname()[:2]
         if api_key is None and not ipaddress.ip_address(address).is_loopback:
             _log.warning("listening on %s without an API key: whoever reaches this port can use the model", address)
@@ -128,4 +130,4 @@ def serve(
             timeout_graceful_shutdown=int(DRAIN) + 5,
         )
         _Server(config, app.state.worker, lambda: ready(url) if ready else None).run(sockets=[listener])
-    raise Interrupted("server stopped; nothing on disk was changed")
+    raise Interrupted("server stopped; saved sessions are whole, nothing else on disk was changed")

@@ -8,7 +8,8 @@ prompt of at most a sixteenth of its length is let in. Cancelled work stops with
 The surprising rule: a request is admitted only when its prompt plus its `max_tokens` fits beside what is already
 promised to running requests, all within `engine.max_context` tokens; pages it shares with them count once. So nothing
 that was started runs out of cache half way, and strict first-come order means a long request cannot be starved by short
-ones. What a request has read stays cached after it (`prefix_cache.py`), also when its client has left.
+ones. What a request has read stays cached after it (`prefix_cache.py`), also when its client has left; of a request
+that names a session it is saved too, once its answer is out, unless what is saved covers nearly all of it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +32,8 @@ from lcconvert.runtime.answer import Answer, Piece
 from lcconvert.runtime.decode import MOST_SEQUENCES
 from lcconvert.runtime.engine import Cancelled
 from lcconvert.runtime.metrics import Metrics
-from lcconvert.runtime.prefix_cache import Lease, PrefixCache
+from lcconvert.runtime.prefix_cache import Lease, PrefixCache, common_tokens
+from lcconvert.runtime.sessions import SessionError, Sessions
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +69,11 @@ class Progress:
 class Job:
     """One request as both threads see it. Create it on the event loop."""
 
-    def __init__(self, ids: list[int], params: SamplingParams, *, progress: bool = False) -> None:
+    def __init__(
+        self, ids: list[int], params: SamplingParams, *, progress: bool = False, session: str | None = None
+    ) -> None:
         self.ids = ids
+        self.session = session
         self.params = params
         self.progress = progress
         self.cached = 0  # prompt tokens that were not read again; known before the first piece
@@ -134,8 +140,11 @@ class Worker:
         max_waiting: int = 256,
         max_running: int = 32,
         prefix_cache: int | None = None,
+        sessions: Sessions | None = None,
     ) -> None:
         """`prefix_cache`: tokens to keep of requests that have ended, see `PrefixCache`."""
+        self._sessions = sessions
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._engine = engine
         self._cache = PrefixCache(engine, prefix_cache)
         self._metrics = metrics
@@ -143,7 +152,7 @@ class Worker:
         self._max_running = max_running
         self._waiting: deque[Job] = deque()
         self._running: list[_Running] = []
-        self._wake = threading.Condition()  # guards _waiting, _running, _draining, _stopping
+        self._wake = threading.Condition()  # guards _waiting, _running, _calls, _draining, _stopping
         self._draining = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="lcconvert-engine", daemon=True)
@@ -175,6 +184,23 @@ class Worker:
         """Takes the job out of the queue, or makes the engine leave it."""
         self._leave_queue(job)
         job.cancel(reason)
+
+    def save_session(self, name: str) -> Future[int]:
+        """Saves the newest kept context of a session; the tokens saved. KeyError when none is kept."""
+
+        def save() -> int:
+            if self._sessions is None or (kept := self._cache.named(name)) is None:
+                raise KeyError(name)
+            self._sessions.save(name, kept)
+            return len(kept.ids)
+
+        future: Future[int] = Future()
+        with self._wake:
+            if self._draining:
+                raise Rejected("the server is stopping; its sessions are saved already")
+            self._calls.append((save, future))
+            self._wake.notify()
+        return future
 
     def drain(self, seconds: float) -> None:
         """Refuses new and queued work now; running answers may finish for `seconds`, then they are cancelled."""
@@ -209,13 +235,15 @@ class Worker:
                 self._draining = True
                 left = [run.job for run in self._running] + list(self._waiting)
                 self._waiting.clear()
+                for _, future in self._calls:
+                    future.cancel()
             for job in left:
                 job.post(Stopped("the engine has stopped"))
 
     def _serve(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._stopping or self._running or self._waiting)
+                self._wake.wait_for(lambda: self._stopping or self._running or self._waiting or self._calls)
                 if self._stopping:
                     break
             self._turn()
@@ -225,6 +253,7 @@ class Worker:
 
     def _turn(self, longest_prompt: int | None = None) -> None:
         """A token for every running job, then the prefill of the oldest waiting one (up to `longest_prompt` ids)."""
+        self._run_calls()
         self._decode()
         if (run := self._admit(longest_prompt)) is not None:
             self._prefill(run)
@@ -260,6 +289,14 @@ class Worker:
         self._metrics.queue_seconds.observe(time.perf_counter() - job.created)
         return run
 
+    def _run_calls(self) -> None:
+        while self._calls:
+            work, future = self._calls.popleft()
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
     def _leave_queue(self, job: Job) -> bool:
         """Whether the job was still waiting."""
         with self._wake:
@@ -287,12 +324,13 @@ class Worker:
     def _prefill(self, run: _Running) -> None:
         """Reads the prompt of one job and gives out its first token."""
         job, lease = run.job, run.lease
-        job.cached = lease.cached
         started = time.perf_counter()
         try:
+            self._restore(run)
+            job.cached = lease.cached
             report, rest = self._between_layers(job), job.ids[lease.cached :]
             logits = self._engine.prefill(lease.sequence, rest, progress=report, cancelled=job.cancelled)
-            self._cache.keep(lease)
+            self._cache.keep(lease, job.session)
             run.answer = self._engine.answer(job.params)
         except Cancelled:
             self._drop(run)
@@ -306,6 +344,33 @@ class Worker:
         self._metrics.cached_tokens.inc(lease.cached)
         self._metrics.prefixes.labels("hit" if lease.cached else "miss").inc()
         self._push(run, logits)
+
+    def _restore(self, run: _Running) -> None:
+        """Takes from the job's session what is not kept in memory."""
+        job, lease = run.job, run.lease
+        if job.session is None or self._sessions is None:
+            return
+        saved = common_tokens(self._sessions.ids(job.session), job.ids_array[: len(job.ids) - 1])
+        if saved <= lease.cached:
+            return
+        try:
+            self._sessions.restore(job.session, lease.sequence, saved, between=lambda: self._turn(0))
+        except SessionError as error:
+            _log.warning("session %s is not restored: %s", job.session, error)
+            return
+        lease.cached = saved
+        self._metrics.restored_tokens.inc(saved)
+
+    def _save(self, run: _Running) -> None:
+        """Saves what the job has read under its session, unless that is saved already."""
+        job, kept = run.job, run.lease.kept
+        if job.session is None or self._sessions is None or kept is None:
+            return
+        try:
+            if not self._sessions.covers(job.session, kept.ids):
+                self._sessions.save(job.session, kept, between=None if self._stopping else lambda: self._turn(0))
+        except Exception:  # the answer is out; a session that is not saved is read again
+            _log.exception("session %s is not saved", job.session)
 
     def _decode(self) -> None:
         """One token for every job whose prompt is read."""
@@ -339,9 +404,14 @@ class Worker:
             return
         run.token = piece.token
         self._metrics.generated_tokens.inc()
-        if piece.finish is not None:
+        if piece.finish is None:
+            job.post(piece)
+        elif job.session is None:
             self._drop(run)  # before the client hears of the end, so that its next request finds the room
-        job.post(piece)
+            job.post(piece)
+        else:
+            job.post(piece)  # saving takes a while
+            self._drop(run)
 
     def _fail(self, job: Job, error: Exception) -> None:
         _log.error("a request failed in the engine", exc_info=error)
@@ -350,7 +420,9 @@ class Worker:
     def _drop(self, run: _Running, *, broken: bool = False) -> None:
         """Ends a generation and gives back what was promised to it. What it has read is kept, unless it is `broken`."""
         if run.answer is not None and not broken:
-            self._cache.keep(run.lease)
+            run.answer = None  # other jobs get their turns while this one is saved
+            self._cache.keep(run.lease, run.job.session)
+            self._save(run)
         self._cache.end(run.lease)
         with self._wake:
             self._running.remove(run)

@@ -62,7 +62,7 @@ def test_a_signal_lets_a_running_answer_finish_and_says_what_is_left(engine, sto
                 os.kill(os.getpid(), stop)
                 return list(lines)
 
-        with pytest.raises(Interrupted, match="server stopped; nothing on disk was changed"):
+        with pytest.raises(Interrupted, match="server stopped; saved sessions are whole"):
             serve(engine, port=0, ready=lambda url: answers.append(pool.submit(client, url)))
         assert "data: [DONE]" in answers[0].result()
     assert signal.getsignal(stop) is before
