@@ -19,6 +19,7 @@ from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
 
 GROUP_SIZES = (256, 128, 64, 32, 16)  # MatMulNBits: powers of two from 16
+_BLOCK = 1 << 24  # values
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class ExportWeights:
     def plain(self, name: str) -> torch.Tensor:
         """A tensor as stored."""
         tensor = self.source.tensor(name)
-        check_finite(name, tensor, self.source.name)
+        for part in tensor.flatten().split(_BLOCK):  # isfinite at once takes twice the memory of the tensor
+            check_finite(name, part, self.source.name)
         self._used.add(name)
         return tensor
 
