@@ -29,13 +29,21 @@ def context_claim(needles: Needles | None) -> Claim:
     if needles is None or not measured or measured[0] != needles.by_length[0]:
         return Claim(validated=None, short_length=None, short_score=None, rule=rule)
     short = measured[0].strict / measured[0].n
-    validated = None
-    if short >= SHORT_BAR:
-        for row in needles.by_length:
-            if not row.n or row.strict / row.n < KEEP * short:
-                break
-            validated = row.length
+    validated = longest_kept([(row.length, row.strict, row.n) for row in needles.by_length])
     return Claim(validated=validated, short_length=measured[0].length, short_score=short, rule=rule)
+
+
+def longest_kept(rows: list[tuple[int, int, int]]) -> int | None:
+    """The longest length up to which KEEP of the first length's score is kept; rows are (length, right, asked)."""
+    _, right, asked = rows[0]
+    short = right / asked if asked else 0.0
+    kept = None
+    if short >= SHORT_BAR:
+        for length, right, asked in rows:
+            if not asked or right / asked < KEEP * short:
+                break
+            kept = length
+    return kept
 
 
 def checks(bars: Thresholds, needles: Needles | None, agreement: Agreement | None) -> list[Check]:

@@ -293,31 +293,38 @@ def generate_command(src: str, **options: Any) -> None:
 @click.option("--against", help="Reference checkpoint to compare logits with.")
 @click.option("--against-attention", help="The reference's policy instead of its own.")
 @click.option("--agreement-tokens", type=SIZE, help="Tokens of the comparison; default: 2k.")
-@click.option("--lengths", help="Needle contexts, comma-separated.")
+@click.option("--lengths", help="Contexts of needles and tasks, comma-separated.")
 @click.option("--depths", help="Needle depths from 0 to 1, comma-separated.")
-@click.option("--samples", type=int, help="Haystacks per length.")
+@click.option("--samples", type=int, help="Needle haystacks per length; 0 asks no needles.")
 @click.option("--protocol", help="shared (one prefill per length) or single (one per needle).")
 @click.option("--haystack", help="Text to hide needles in; default: a bundled public-domain book.")
 @click.option("--perplexity-text", help="Text to measure perplexity on; default: the same book, another part.")
 @click.option("--perplexity-context", type=SIZE, help="Longest perplexity window.")
-@click.option("--max-seconds", type=float, help="Start no needle context that would end later.")
+@click.option("--tasks", help="RULER's synthetic tasks by name, kv, code_defines, code_callers; comma-separated.")
+@click.option("--task-samples", type=int, help="Samples per task and length; default: 5.")
+@click.option("--source-tree", help="Folder of Python files that code tasks ask about.")
+@click.option("--prompt-cache", help="Folder that keeps built task prompts for other runs.")
+@click.option("--endpoint", help="URL of an OpenAI-compatible server that answers the tasks instead of SRC.")
+@click.option("--endpoint-api", help="completions (token ids, default) or chat.")
+@click.option("--endpoint-model", help="Model name there; default: the first it lists.")
+@click.option("--max-seconds", type=float, help="Start no needle or task context that would end later.")
 @click.option("--seed", type=int)
 @device_option
-def validate_command(src: str, out: Path | None, lengths: str | None, depths: str | None, **options: Any) -> None:
-    """Measure needles, perplexity by position, agreement, memory and speed; writes a report with pictures."""
+def validate_command(src: str, out: Path | None, **options: Any) -> None:
+    """Measure needles, tasks, perplexity by position, agreement, memory and speed; writes a report with pictures."""
     from lcconvert.convert.settings import make_config
     from lcconvert.convert.validate_config import ValidateConfig
 
-    lists = {
-        "lengths": tuple(lengths.split(",")) if lengths else None,
-        "depths": tuple(depths.split(",")) if depths else None,
-    }
+    lists = {name: tuple(options[name].split(",")) for name in ("lengths", "depths", "tasks") if options[name]}
     config = make_config(ValidateConfig, options | lists, "validate")
-    from lcconvert.convert.compare import comparison_table, render_table
+    from lcconvert.convert.compare import comparison_table, render_table, render_tasks
     from lcconvert.convert.validate import validate
 
     report = validate(src, out, config)
-    click.echo(render_table(comparison_table({src: report})))
+    if config.endpoint is None:
+        click.echo(render_table(comparison_table({src: report})))
+    if report["tasks"] is not None:
+        click.echo(render_tasks(report))
 
 
 @cli.command(

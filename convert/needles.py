@@ -25,7 +25,7 @@ from lcconvert.convert.needle_prompt import WORDING, Needle, Prompt, build_promp
 from lcconvert.convert.prompt_parts import prompt_mode
 from lcconvert.convert.results import CellState, Control, Cost, NeedleCell, NeedleLength, Needles
 from lcconvert.convert.samples import SampleLog, sample_key
-from lcconvert.convert.scoring import candidates, decided, score, wilson
+from lcconvert.convert.scoring import Kind, candidates, decided, score, wilson
 from lcconvert.convert.words import key_names
 from lcconvert.runtime.engine import Engine
 from lcconvert.runtime.kv_cache import Sequence
@@ -99,7 +99,14 @@ def prompt_of(context: Context, plan: NeedlePlan, tokenizer: Tokenizer, bank: Se
     )
 
 
-def ask(engine: Engine, context: Sequence, tail: list[int], references: list[str], max_new_tokens: int) -> Answer:
+def ask(
+    engine: Engine,
+    context: Sequence,
+    tail: list[int],
+    references: list[str],
+    max_new_tokens: int,
+    kind: Kind = "number",
+) -> Answer:
     """The greedy answer to one question on a prefilled context, which stays as it is."""
     seq = engine.fork(context)
     ids: list[int] = []
@@ -119,7 +126,7 @@ def ask(engine: Engine, context: Sequence, tail: list[int], references: list[str
                 break
             ids.append(token)
             text = engine.tokenizer.decode(ids)
-            if decided(text, references) or len(ids) == max_new_tokens:
+            if decided(text, references, kind) or len(ids) == max_new_tokens:
                 break
             logits = engine.decode(seq, token)
     finally:

@@ -41,6 +41,7 @@ class Setup(_Row):
     threads: int | None  # CPU only
     kv_scheme: str
     attention: str
+    endpoint: str | None = None  # model of the server that answered instead
     versions: dict[str, str]
 
 
@@ -103,6 +104,66 @@ class Needles(_Row):
     cells: list[NeedleCell]
     by_length: list[NeedleLength]
     control: Control
+
+
+class Third(_Row):
+    """The samples whose planted answer lies in one third of the text: where a model loses things."""
+
+    n: int
+    strict: int
+
+
+class TaskCell(_Row):
+    """One task at one length. `all` and `part` are RULER's scores (means over samples), `strict` counts samples with
+    every answer right by the rule of scoring.py; `twin_kept` of the `twin_found` samples that were right at the
+    shortest length are right here. `thirds`: beginning, middle, end, for tasks with one planted answer."""
+
+    task: str
+    length: int
+    state: CellState
+    n: int = 0
+    all: float | None = None
+    part: float | None = None
+    strict: int = 0
+    wrong: int = 0
+    empty: int = 0
+    hit_cap: int = 0
+    error: int = 0
+    low: float = 0.0  # 95% Wilson interval of strict / n
+    high: float = 1.0
+    relative: float | None = None
+    twin_found: int = 0
+    twin_kept: int = 0
+    thirds: list[Third]
+    repetition: float = 1.0
+
+
+class TaskControl(_Row):
+    """Questions about what is not in the text: no answer, a made-up one, or that of the planted question."""
+
+    n: int
+    silent: int
+    invented: int
+    other: int
+    error: int = 0
+
+    @classmethod
+    def outcomes(cls) -> tuple[str, ...]:
+        return ("silent", "invented", "other", "error")
+
+
+class Tasks(_Row):
+    """`effective`: the longest length that keeps 85% of the task's own score at the shortest one (convert/claim.py)."""
+
+    wording: str
+    prompt: Literal["chat", "completion"]
+    samples: int
+    metrics: dict[str, str]
+    max_new_tokens: dict[str, int]
+    source_tree: str | None
+    cells: list[TaskCell]
+    effective: dict[str, int | None]
+    control: TaskControl
 
 
 class ContextPoint(_Row):
@@ -197,6 +258,7 @@ class Report(_Row):
     config: dict[str, Any]
     haystack: Text
     needles: Needles | None
+    tasks: Tasks | None = None
     perplexity: Perplexity | None
     agreement: Agreement | None
     cost: list[Cost]

@@ -1,8 +1,9 @@
 """`lcconvert validate`: the evidence that an artifact works at the lengths it claims, in a form that can be checked.
 
-Measures needles, perplexity, agreement with a reference, and cost. Every finished measurement is on disk before the
-next one starts, and a rerun goes on where the last one stopped. Left out on purpose: judge models (scores are string
-comparisons), downloads (texts are local) and truncation (a prompt that does not fit is an error).
+Measures needles, tasks, perplexity, agreement with a reference, and cost; or tasks alone, answered by a server. Every
+finished measurement is on disk before the next one starts, and a rerun goes on where the last one stopped. Left out
+on purpose: judge models (scores are string comparisons), downloads (texts are local) and truncation (a prompt that does
+not fit is an error).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from lcconvert.convert.agreement import Reference, compare, read_reference
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.claim import checks, context_claim, write_claim
+from lcconvert.convert.code_questions import SourceTree
+from lcconvert.convert.endpoint import Endpoint
 from lcconvert.convert.hashing import WEIGHT_PATTERNS, artifact_hash, file_hash
 from lcconvert.convert.haystack import Haystack, SentenceBank
 from lcconvert.convert.needles import NeedlePlan, contexts, prompt_of, run_needles, tally
@@ -31,6 +34,8 @@ from lcconvert.convert.provenance import public_name
 from lcconvert.convert.report import PAGE_FILES, write_report
 from lcconvert.convert.results import Agreement, Artifact, Check, Cost, Report, Setup, Text
 from lcconvert.convert.samples import LOG, SampleLog, sample_key
+from lcconvert.convert.task_runs import InProcess, TaskPlan, run_tasks, tally_tasks
+from lcconvert.convert.tasks import Counter
 from lcconvert.convert.validate_config import ValidateConfig
 from lcconvert.runtime.engine import Engine
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
@@ -57,6 +62,8 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
     subject = _Subject.open(src, config)
     reference = None if config.against is None else _open_reference(config.against, subject, config)
     haystack = Haystack.load(config.haystack)
+    if config.endpoint is not None and out is None:
+        raise UserError("the answers of an endpoint are not those of the artifact's folder; give -o FOLDER")
     text = haystack if config.perplexity_text == config.haystack else Haystack.load(config.perplexity_text)
     folder = Path(src) if Path(src).is_dir() else None
     out = _output_folder(src, folder, out)
@@ -64,13 +71,19 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
         config.lengths, config.depths, config.samples, config.protocol, config.max_new_tokens, config.seed
     )
     bank = SentenceBank(haystack, subject.tokenizer)
-    if config.lengths:  # both raise UserError for a text or a length that is too short
+    if config.asks_needles:  # both raise UserError for a text or a length that is too short
         prompt_of(contexts(plan, subject.tokenizer, 0, config.lengths[0])[0], plan, subject.tokenizer, bank)
     if tokens := max(config.perplexity_context or 0, config.agreement_tokens if reference else 0):
         text.excerpt(subject.tokenizer, tokens, "the measurement")
     base = subject.key_parts(haystack)
+    if config.endpoint is not None:
+        return _validate_endpoint(subject, haystack, config, base, out, started)
+    counter, questions = Counter(subject.tokenizer), _questions(config, haystack)
+    questions.check(counter, 0)
     steps = len(windows(config.perplexity_context)) if config.perplexity_context else 0
     steps += len(config.lengths) * config.samples * (len(config.depths) + 1) + (3 if reference else 0)
+    steps += len(list(questions.cases()))
+    deadline = started + config.max_seconds if config.max_seconds else None
 
     with _open_log(out) as log, progress("validate", steps, "results") as bar:
         compared = _Comparison(subject, reference, text, config, base, log, bar.advance) if reference else None
@@ -86,11 +99,13 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
             perplexity = run_perplexity(
                 engine, text, config.perplexity_context, config.perplexity_targets, base, log, bar.advance
             )
-        needles, cost = None, list[Cost]()
-        if config.lengths:
-            deadline = started + config.max_seconds if config.max_seconds else None
+        needles, cost, tasks = None, list[Cost](), None
+        if config.asks_needles:
             oom = run_needles(engine, bank, plan, base, log, bar.advance, deadline)
             needles, cost = tally(plan, engine, base, log, oom, text.sha256 if config.perplexity_context else None)
+        if config.asks_tasks:
+            oom = run_tasks(InProcess(engine), counter, questions, base, log, bar.advance, deadline)
+            tasks = tally_tasks(questions, counter, base, log, oom)
 
     claim = context_claim(needles)
     report = Report(
@@ -101,6 +116,7 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
         config=_published(config),
         haystack=Text(name=haystack.name, sha256=haystack.sha256, characters=len(haystack.text)),
         needles=needles,
+        tasks=tasks,
         perplexity=perplexity,
         agreement=agreement,
         cost=cost,
@@ -108,9 +124,59 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
         claim=claim,
         checks=checks(config.thresholds, needles, agreement),
     )
-    write_report(report, out)
     if folder is not None and config.attention is None:
-        write_claim(folder, claim, list(config.lengths))
+        write_claim(folder, claim, list(config.lengths) if config.asks_needles else [])
+    return _finish(report, out)
+
+
+def _questions(config: ValidateConfig, haystack: Haystack) -> TaskPlan:
+    """The tasks to ask; none when the settings name none."""
+    source = SourceTree.load(config.source_tree) if config.source_tree is not None else None
+    return TaskPlan(
+        config.tasks, config.lengths, config.task_samples, config.seed, haystack.sentences, source, config.prompt_cache
+    )
+
+
+def _validate_endpoint(
+    subject: _Subject, haystack: Haystack, config: ValidateConfig, base: dict[str, Any], out: Path, started: float
+) -> dict[str, Any]:
+    """The tasks, answered by a server; `subject` gives tokenizer and template and is not loaded."""
+    assert config.endpoint is not None
+    counter, questions = Counter(subject.tokenizer), _questions(config, haystack)
+    target = Endpoint(config.endpoint, config.endpoint_model, config.endpoint_api)
+    questions.check(counter, target.margin)
+    # how the server computes is not known here
+    shared = {name: base[name] for name in ("artifact", "haystack", "lcconvert")}
+    base = {**shared, "endpoint": target.model, "api": target.api}
+    deadline = started + config.max_seconds if config.max_seconds else None
+    with _open_log(out) as log, progress("validate", len(list(questions.cases())), "results") as bar:
+        oom = run_tasks(target, counter, questions, base, log, bar.advance, deadline)
+        tasks = tally_tasks(questions, counter, base, log, oom)
+    report = Report(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - started, 3),
+        artifact=subject.artifact(),
+        setup=Setup(
+            device="a server", dtype="unknown", threads=None, kv_scheme="unknown", attention="unknown",
+            endpoint=target.model, versions=_versions(),
+        ),
+        config=_published(config),
+        haystack=Text(name=haystack.name, sha256=haystack.sha256, characters=len(haystack.text)),
+        needles=None,
+        tasks=tasks,
+        perplexity=None,
+        agreement=None,
+        cost=[],
+        kv_bytes_per_token=kv_bytes_per_token(subject.spec, subject.sidecar.kv.scheme),
+        claim=context_claim(None),
+        checks=checks(config.thresholds, None, None),
+    )  # fmt: skip
+    return _finish(report, out)
+
+
+def _finish(report: Report, out: Path) -> dict[str, Any]:
+    """Writes the report and returns it; CheckFailed when it misses a threshold."""
+    write_report(report, out)
     if failed := [check for check in report.checks if not check.passed]:
         raise CheckFailed(f"{'; '.join(_missed(check) for check in failed)}; the report is in {out}")
     return report.model_dump(mode="json")
@@ -301,9 +367,13 @@ def _setup(engine: Engine) -> Setup:
         threads=None if on_gpu else torch.get_num_threads(),
         kv_scheme=engine.kv.scheme,
         attention=engine.attention.kind,
-        versions={name: _version(name) for name in ("lcconvert", "torch", "triton", "tokenizers")}
-        | {"python": platform.python_version()},
+        versions=_versions(),
     )
+
+
+def _versions() -> dict[str, str]:
+    named = {name: _version(name) for name in ("lcconvert", "torch", "triton", "tokenizers")}
+    return named | {"python": platform.python_version()}
 
 
 def _version(name: str) -> str:
@@ -316,7 +386,9 @@ def _version(name: str) -> str:
 def _published(config: ValidateConfig) -> dict[str, Any]:
     """The settings without paths of this machine: the report goes wherever the artifact goes."""
     settings = config.model_dump(mode="json")
-    named = ("against", "haystack", "perplexity_text")
+    named = ("against", "haystack", "perplexity_text", "source_tree", "prompt_cache")
+    if settings["endpoint"] is not None:
+        settings["endpoint"] = "a server"  # its address is nobody's business; its model is in `setup`
     return settings | {key: public_name(settings[key]) for key in named if settings[key] is not None}
 
 

@@ -14,6 +14,10 @@ from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.units import parse_count
 
 Tokens = Annotated[int, BeforeValidator(lambda value: parse_count(value, "token count")), Field(ge=1)]
+TaskName = Literal[
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+    "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "kv", "code_defines", "code_callers",
+]  # fmt: skip
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -33,8 +37,9 @@ class Thresholds(BaseModel):
 
 
 class ValidateConfig(BaseModel):
-    """lengths: needle contexts in tokens, reserved output included; empty asks no needles.
-    depths: 0 is right after the instruction, 1 right before the question. samples: haystacks per length.
+    """lengths: contexts in tokens of needles and tasks, reserved output included; empty asks neither.
+    depths: 0 is right after the instruction, 1 right before the question. samples: needle haystacks per length; 0 asks
+    no needles.
     protocol: "shared" plants all depths in one haystack and prefills it once; "single" uses one haystack per needle.
     max_new_tokens: output reserved and allowed per answer.
     perplexity_context: the longest window; 512, 1K, 2K, ... below it are measured too; None measures no perplexity.
@@ -43,14 +48,20 @@ class ValidateConfig(BaseModel):
     attention: "dense", "hybrid" or "hybrid-decode" instead of the artifact's own policy.
     against: a reference checkpoint to compare with on `agreement_tokens` tokens, `decode_tokens` of them decoded;
     `against_attention` is its policy, so that an artifact can be compared with itself read densely.
-    max_seconds: start no further needle context that would end later than this.
+    max_seconds: start no further needle or task context that would end later than this.
+    tasks: what else is asked at every length, `task_samples` times: RULER's eleven synthetic tasks, kv (key-value
+    lookup by position), and code_defines and code_callers, about the Python files of the folder `source_tree`.
+    prompt_cache: a folder that keeps built prompts for other runs with the same tokenizer.
+    endpoint: the URL of an OpenAI-compatible server that answers the tasks instead of the checkpoint, which then
+    only gives tokenizer and chat template; nothing but tasks is measured. endpoint_api: "completions" sends token ids,
+    "chat" messages; endpoint_model: None takes the first one listed. Its key is read from LCCONVERT_API_KEY.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     lengths: tuple[Tokens, ...] = (1024, 2048, 4096)
     depths: tuple[Share, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
-    samples: int = Field(1, ge=1)
+    samples: int = Field(1, ge=0)
     protocol: Literal["shared", "single"] = "shared"
     max_new_tokens: int = Field(24, ge=8)
     perplexity_context: Annotated[Tokens, Field(ge=512)] | None = 2048
@@ -62,6 +73,13 @@ class ValidateConfig(BaseModel):
     against_attention: Literal["dense", "hybrid", "hybrid-decode"] | None = None
     agreement_tokens: Annotated[Tokens, Field(ge=128)] = 2048
     decode_tokens: int = Field(64, ge=0, le=96)
+    tasks: tuple[TaskName, ...] = ()
+    task_samples: int = Field(5, ge=1)
+    source_tree: Path | None = None
+    prompt_cache: Path | None = None
+    endpoint: str | None = None
+    endpoint_api: Literal["completions", "chat"] = "completions"
+    endpoint_model: str | None = None
     seed: int = 0
     device: str | None = None
     max_seconds: float | None = Field(None, gt=0)
@@ -73,11 +91,27 @@ class ValidateConfig(BaseModel):
             values = getattr(self, name)
             if list(values) != sorted(set(values)):
                 raise UserError(f"{name} is {list(values)}, expected rising values without repetition; reorder them")
-        if not self.lengths and self.perplexity_context is None and self.against is None:
-            raise UserError("nothing is to be measured; give lengths, perplexity_context or against")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise UserError(f"tasks is {list(self.tasks)}, expected each name once; remove the repetition")
+        if self.tasks and not self.lengths:
+            raise UserError(f"tasks is {list(self.tasks)} but lengths is empty; give lengths")
+        if (code := [name for name in self.tasks if name.startswith("code_")]) and self.source_tree is None:
+            raise UserError(f"the task {code[0]} asks about Python files; give their folder as source_tree")
+        if self.endpoint is not None and (not self.tasks or self.against is not None):
+            raise UserError("an endpoint answers tasks and nothing else; give tasks, and no `against`")
+        if not (self.asks_needles or self.tasks) and self.perplexity_context is None and self.against is None:
+            raise UserError("nothing is to be measured; give lengths, tasks, perplexity_context or against")
         bars = self.thresholds
         if self.against is None and (bars.ppl_max_increase, bars.kl_max, bars.top1_min) != (None, None, None):
             raise UserError("thresholds on perplexity increase, KL or top-1 need a reference; set `against`")
         if not self.lengths and bars.needles_min is not None:
             raise UserError("threshold needles_min is set but lengths is empty; give lengths")
         return self
+
+    @property
+    def asks_tasks(self) -> bool:
+        return bool(self.tasks and self.lengths)
+
+    @property
+    def asks_needles(self) -> bool:
+        return bool(self.lengths) and self.samples > 0 and self.endpoint is None
