@@ -110,7 +110,10 @@ def inspect_command(src: str, context: int | None, gpu: int, verifying: bool, as
 @out_option
 @click.option("--context", type=SIZE, required=True, help="Target context in tokens, such as 1M.")
 @click.option("--method", help="linear, ntk, theta, yarn, longrope or llama3; default: yarn, or theta when training.")
-@click.option("--data", multiple=True, help="Text files, folders or .jsonl to train on; repeatable.")
+@click.option("--data", multiple=True, help="Text files, folders, .jsonl or .parquet to train on; repeatable.")
+@click.option("--upsample-long", type=float, help="How much more often to meet documents of 16K characters and more.")
+@click.option("--skip-bad", is_flag=True, default=None, help="Pass over unreadable files and lines of the data.")
+@click.option("--held-out", multiple=True, help="Text that validation uses: never trained on; repeatable.")
 @click.option("--steps", type=int, help="Optimizer steps; 0 only changes the positions.")
 @click.option("--seq-len", type=SIZE, help="Real tokens per training window.")
 @click.option("--batch-size", type=int, help="Windows per forward pass.")

@@ -1,64 +1,104 @@
 """Training text as one long row of tokens: documents in a seeded order, each followed by the end token.
 
-Only as much text is read and tokenized as the plan will use, so pointing at a huge folder costs nothing extra. Every
-window is a pure function of (files, seed, offset): a resumed run sees the very tokens that it would have seen.
+Only as much text is read and tokenized as the plan will use, one document at a time, so pointing at a huge folder costs
+nothing extra; what stays in memory is four bytes a token. Every window is a pure function of (files, seed, offset): a
+resumed run sees the very tokens that it would have seen.
 
-Surprising rule: documents are tokenized in paragraph-sized pieces, and the starts of the pieces are remembered as
-`borders`; positions may jump and facts may be planted only there. Texts are never mixed up inside a piece.
+Surprising rules: documents are tokenized in paragraph-sized pieces, and the starts of the pieces are remembered as
+`borders`; positions may jump and facts may be planted only there. A document that shares a paragraph with held-out text
+is left out, because a model that has read its examination proves nothing.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import importlib.util
-import io
-import json
 import random
 import re
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from lcconvert.convert.documents import Document, Reader
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.tokenizer import Tokenizer
 
-_MODULE = "module:"
+LONG_CHARS = 16_384  # what `upsample_long` takes for a long document
 _PIECE_CHARS = 400  # shorter paragraphs are joined up to this
 _LONGEST_PIECE = 1600  # longer ones are cut where a line, else a sentence, else a word ends
 _PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
+_TELLING_CHARS = 120  # shorter paragraphs (headings, licence lines) may stand in two texts by chance
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """tokens int32 [N], a ring; borders: sorted offsets of the pieces in it, the first is 0."""
+    """tokens int32 [N], a ring; borders: sorted offsets of the pieces in it, the first is 0.
+
+    starts and places: offset and origin (file, and line where it has lines) of every document. held_out: documents left
+    out because they share a paragraph with held-out text; skipped: what was unreadable and passed over, by place.
+    """
 
     tokens: np.ndarray
     borders: np.ndarray
+    starts: tuple[int, ...]
+    places: tuple[str, ...]
+    held_out: int
+    skipped: tuple[str, ...]
 
     @classmethod
-    def read(cls, data: Sequence[str], tokenizer: Tokenizer, *, need: int, seed: int) -> Corpus:
-        """Tokenizes documents of `data`, files in an order drawn from `seed`, until `need` tokens are read."""
+    def read(
+        cls,
+        data: Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        need: int,
+        seed: int,
+        upsample_long: float = 1.0,
+        skip_bad: bool = False,
+        held_out: Sequence[str] = (),
+    ) -> Corpus:
+        """Tokenizes documents of `data`, files in an order drawn from `seed`, until `need` tokens are read.
+
+        upsample_long: documents of LONG_CHARS and more are met this many times as often as the shorter ones of the same
+        entry of `data` (the others are thinned out); every entry keeps its share, by bytes, of the whole (Data
+        Engineering for Scaling Language Models to 128K Context, arXiv 2402.10171). held_out: texts that may not be
+        trained on. UserError for what cannot be read, with its place, unless `skip_bad`.
+        """
         if not tokenizer.eos_ids:
             raise UserError("the tokenizer has no end token to put between documents; add eos_token_id to config.json")
-        pieces: list[list[int]] = []
-        total = 0
-        for text in _documents(_files(data, seed)):
-            for piece in split_pieces(text):
-                pieces.append(tokenizer.encode(piece))
-                total += len(pieces[-1])
-            pieces[-1].append(tokenizer.eos_ids[0])
-            total += 1
-            if total >= need:
+        reader = Reader(skip_bad)
+        forbidden = {mark for text in held_out for mark in _paragraph_marks(text)}
+        tokens, borders, left_out = array("i"), array("q"), 0
+        starts: list[int] = []
+        places: list[str] = []
+        for document in _mixed(reader, data, seed, upsample_long):
+            if forbidden and not forbidden.isdisjoint(_paragraph_marks(document.text)):
+                left_out += 1
+                continue
+            starts.append(len(tokens))
+            places.append(document.place)
+            for piece in split_pieces(document.text):
+                if ids := tokenizer.encode(piece):
+                    borders.append(len(tokens))
+                    tokens.extend(ids)
+            tokens.append(tokenizer.eos_ids[0])
+            if len(tokens) >= need:
                 break
-        pieces = [piece for piece in pieces if piece]
-        if not pieces:
-            raise UserError(f"data {', '.join(data)} holds no text to train on; name text files or folders of them")
-        lengths = np.array([len(piece) for piece in pieces])
-        tokens = np.fromiter((token for piece in pieces for token in piece), dtype=np.int32, count=int(lengths.sum()))
-        return cls(tokens, np.concatenate([[0], lengths.cumsum()[:-1]]))
+        if not tokens:
+            why = f", {left_out} documents of it are held-out text" if left_out else ""
+            raise UserError(
+                f"data {', '.join(data)} holds no text to train on{why}; name text files or folders of them"
+            )
+        return cls(
+            np.frombuffer(tokens, dtype=np.int32),
+            np.frombuffer(borders, dtype=np.int64),
+            tuple(starts),
+            tuple(places),
+            left_out,
+            tuple(reader.skipped),
+        )
 
     def window(self, start: int, length: int) -> tuple[list[int], list[int]]:
         """`length` tokens from offset `start` (both modulo N) and the borders inside the window, relative to it."""
@@ -71,9 +111,50 @@ class Corpus:
             borders += (inside + lap - start).tolist()
         return ids.tolist(), borders
 
+    def origins(self, start: int, length: int) -> list[str]:
+        """The places that the tokens of `window(start, length)` come from, in order, each once."""
+        size = len(self.tokens)
+        start %= size
+        found: dict[str, None] = {}
+        while length > 0 and len(found) < len(self.places):
+            document = bisect_right(self.starts, start) - 1
+            found[self.places[document]] = None
+            end = self.starts[document + 1] if document + 1 < len(self.starts) else size
+            length -= end - start
+            start = end % size
+        return list(found)
+
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.tokens.tobytes()).hexdigest()
+
+
+def _mixed(reader: Reader, data: Sequence[str], seed: int, upsample_long: float) -> Iterator[Document]:
+    """Documents of all entries, each entry at its share by bytes: the one furthest behind is read next."""
+    rng = random.Random(seed)
+    files = [reader.files(entry) for entry in data]
+    weights = [max(1, sum(path.stat().st_size for path in paths)) for paths in files]
+    for paths in files:
+        rng.shuffle(paths)
+    sources = {i: reader.documents(paths) for i, paths in enumerate(files)}
+    taken = [0] * len(files)  # characters
+    thin = random.Random(f"thin/{seed}")
+    while sources:
+        i = min(sources, key=lambda i: taken[i] / weights[i])
+        document = next(sources[i], None)
+        if document is None:
+            del sources[i]
+        elif len(document.text) >= LONG_CHARS or thin.random() * upsample_long < 1.0:
+            taken[i] += len(document.text)
+            yield document
+
+
+def _paragraph_marks(text: str) -> Iterator[bytes]:
+    """A hash of every paragraph long enough to tell a text by, whatever its line breaks and letter case."""
+    for paragraph in _PARAGRAPH.split(text):
+        words = " ".join(paragraph.split()).lower()
+        if len(words) >= _TELLING_CHARS:
+            yield hashlib.blake2b(words.encode(), digest_size=12).digest()
 
 
 def split_pieces(text: str) -> list[str]:
@@ -97,82 +178,3 @@ def _soft_end(text: str, low: int, high: int) -> int:
         if (found := text.rfind(mark, low, high)) >= 0:
             return found + kept
     return high
-
-
-def _files(data: Sequence[str], seed: int) -> list[Path]:
-    files: list[Path] = []
-    for entry in data:
-        path = _module_path(entry) if entry.startswith(_MODULE) else Path(entry).expanduser()
-        if path.is_dir():
-            found = [p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))]
-            files += sorted(found)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"data {entry} does not exist; give a text file, a folder or module:NAME")
-    random.Random(seed).shuffle(files)
-    return files
-
-
-def _module_path(entry: str) -> Path:
-    name = entry.removeprefix(_MODULE)
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.origin or not Path(spec.origin).is_file():
-        raise UserError(f"data {entry}: no Python module {name!r} with source text is installed; check its name")
-    path = Path(spec.origin)
-    return path.parent if path.name == "__init__.py" else path
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
-
-
-def _documents(files: Sequence[Path]) -> Iterator[str]:
-    """The texts of `files` in order. Files that are not text are passed over, as folders hold pictures and archives."""
-    for path in files:
-        kind = Path(path.name.removesuffix(".gz")).suffix
-        if kind == ".parquet":
-            yield from _parquet(path)
-            continue
-        try:
-            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        except (OSError, EOFError) as error:
-            raise UserError(f"data file {path} cannot be read ({error}); fetch it again or leave it out") from None
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-        if kind in (".jsonl", ".ndjson"):
-            yield from _json_lines(path, text)
-        elif text.strip() and "\0" not in text:
-            yield text
-
-
-def _json_lines(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(io.StringIO(text), start=1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            document = None
-        if not isinstance(document, str):
-            raise UserError(f'{path} line {number} is not a JSON object with a "text" string; fix or remove the line')
-        if document.strip():
-            yield document
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError:
-        raise UserError(f"data file {path} needs pyarrow to be read; run `pip install pyarrow`") from None
-    try:
-        table = parquet.ParquetFile(path)
-        for batch in table.iter_batches(columns=["text"]):
-            yield from (document for document in batch.column(0).to_pylist() if document and document.strip())
-    except (ArrowInvalid, OSError, IndexError) as error:
-        raise UserError(f'data file {path} has no readable "text" column ({error}); name another file') from None

@@ -21,6 +21,7 @@ import torch
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.corpus import Corpus
 from lcconvert.convert.extend_config import ExtendConfig, Stage
+from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.license import source_license
 from lcconvert.convert.provenance import made_with, named_source, public_name
 from lcconvert.convert.rope_methods import extend_rope
@@ -59,6 +60,7 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
     )
     tokenizer = Tokenizer.from_files(source.files)
     _check_request(source, spec, config)
+    held_out = [Haystack.load(path).text for path in (None, *map(Path, config.held_out))]
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     resume = HOW_TO_RESUME if config.plan else None
     need = spec.parameters() * (2 + (_STATE_BYTES if config.plan else 0))
@@ -69,7 +71,15 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
         provenance = _provenance(source, src, stretched.sha256(), config) | made_with(device, "accelerate")
         if config.plan:
             tokens = sum(stage.rows * stage.seq_len for stage in config.plan)
-            corpus = Corpus.read(config.data, tokenizer, need=tokens, seed=config.seed)
+            corpus = Corpus.read(
+                config.data,
+                tokenizer,
+                need=tokens,
+                seed=config.seed,
+                upsample_long=config.upsample_long,
+                skip_bad=config.skip_bad,
+                held_out=held_out,
+            )
             provenance["training"] = train(decoder, corpus, tokenizer, config, folder, stretched.sha256())
         decoder = decoder.to(torch.bfloat16)
         claim = ContextClaim(configured=config.context)
@@ -153,6 +163,7 @@ def _provenance(source: TensorSource, src: str, digest: str, config: ExtendConfi
     settings = config.model_dump(mode="json") | {
         "method": config.resolved_method,
         "data": [*map(public_name, config.data)],
+        "held_out": [*map(public_name, config.held_out)],
     }
     return {
         "stage": "extend",

@@ -51,6 +51,10 @@ class ExtendConfig(Stage):
     sharpen short prompts too, and cost perplexity there when little or nothing is trained.
     data: text files, folders, .jsonl with a "text" field, .parquet with a "text" column, any of them as .gz, or
     `module:NAME` for the source text of an installed Python module.
+    upsample_long: documents of 16K characters and more are met this many times as often as shorter ones of their entry.
+    skip_bad: pass over unreadable files and lines, and record them, instead of stopping.
+    held_out: text files or folders that validation uses; a training document that shares a paragraph with them, or with
+    the bundled haystack, is left out.
     dtype: what the forward pass computes in; the weights trained are float32, the weights written bfloat16.
     """
 
@@ -59,6 +63,9 @@ class ExtendConfig(Stage):
     factors: tuple[float, ...] | None = None
     attention_factor: Annotated[float | None, Field(gt=0)] = None
     data: tuple[str, ...] = ()
+    upsample_long: float = Field(1.0, ge=1.0)
+    skip_bad: bool = False
+    held_out: tuple[str, ...] = ()
     steps: int = Field(0, ge=0)
     stages: tuple[Stage, ...] = ()
     seed: int = Field(0, ge=0)

@@ -60,6 +60,11 @@ class StageRows(Dataset[Row]):
         positions = pose_positions(stage.seq_len, borders, self.context, chunks, rng)
         return {"ids": torch.tensor(ids), "positions": positions, "weights": counted / counted.sum()}
 
+    def origins(self, step: int) -> list[str]:
+        """The documents that the text of optimizer step `step` of this stage (from 0) was taken from."""
+        tokens = self.stage.seq_len * self.stage.accumulate * self.stage.batch_size
+        return self.corpus.origins(self.first_token + step * tokens, tokens)
+
     def _chosen(self, row: int, what: Literal["retrieval", "contiguous"], share: float) -> bool:
         """Whether `row` is among the chosen of its block: `share` of ten rows rounded up, at random places."""
         block, place = divmod(row, _BLOCK)

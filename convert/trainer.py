@@ -91,7 +91,7 @@ def train(
             step = max(done, first_step)
             for result in _stage_steps(accelerator, model, optimizer, rows, config.clip_norm, step - first_step):
                 if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-                    raise CheckFailed(_not_finite(step + 1, folder))
+                    raise CheckFailed(_not_finite(step + 1, folder, rows.origins(step - first_step)))
                 step += 1
                 tokens = first_token + (step - first_step) * (stage.rows // stage.steps) * stage.seq_len
                 log.add(step=step, stage=number, tokens=tokens, **asdict(result))
@@ -113,6 +113,8 @@ def train(
         "tokens": first_token,
         "loss_of_last_steps": sum(last) / len(last),
         "data_sha256": corpus.sha256,
+        "held_out_documents": corpus.held_out,
+        "skipped": len(corpus.skipped),
     }
 
 
@@ -222,12 +224,16 @@ def _resume(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) ->
     return int(saved["step"])
 
 
-def _not_finite(step: int, folder: Path) -> str:
+def _not_finite(step: int, folder: Path, places: list[str]) -> str:
     kept = saved_step(folder)
+    files = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
     left = (
         f"the checkpoint of step {kept} is kept in {folder / STATE}" if kept else "no checkpoint had been written yet"
     )
-    return f"the loss or its gradient at step {step} is not finite; {left}; start again with a lower learning rate"
+    return (
+        f"the loss or its gradient at step {step}, on text of {files}, is not finite; {left}; "
+        "look at that text, or start again with a lower learning rate"
+    )
 
 
 @contextmanager

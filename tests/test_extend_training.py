@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -55,19 +56,32 @@ def whole(work: Path) -> Path:
     return extend(str(work / "source"), work / "whole", config(work))
 
 
-KILLED_AT_STEP_5 = """
+STEP = random.SystemRandom().randint(1, 8)  # any step will do; a failure shows which it was
+
+KILLED = """
 import os, signal, sys
 from pathlib import Path
 from lcconvert.convert import trainer
 from lcconvert.convert.extend import ExtendConfig, extend
 
+how, number = sys.argv[4], int(sys.argv[5])
+saves = 0
+
 class Killing(trainer.TrainingLog):
     def add(self, **row):
         super().add(**row)
-        if row["step"] == 5:
+        if how == "step" and row["step"] == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-trainer.TrainingLog = Killing
+class Accelerator(trainer.Accelerator):
+    def save_state(self, folder):
+        global saves
+        super().save_state(folder)
+        saves += 1
+        if how == "save" and saves == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.TrainingLog, trainer.Accelerator = Killing, Accelerator
 extend(sys.argv[1], Path(sys.argv[2]), ExtendConfig.model_validate_json(sys.argv[3]))
 """
 
@@ -104,13 +118,25 @@ def test_it_learns(work: Path) -> None:
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
 
 
-def test_killed_and_resumed_gives_the_same_bytes(work: Path, whole: Path) -> None:
-    arguments = [str(work / "source"), str(work / "killed"), config(work).model_dump_json(exclude={"steps"})]
-    process = subprocess.run([sys.executable, "-c", KILLED_AT_STEP_5, *arguments], stderr=subprocess.DEVNULL)
+@pytest.mark.parametrize(
+    ("how", "number", "saved", "logged"),
+    [
+        ("step", STEP, (STEP - 1) // 2 * 2, STEP),  # the log is ahead of the checkpoint: it is cut
+        ("save", 3, 4, 6),  # the new checkpoint is written but not marked: the one before it counts
+    ],
+    ids=["step", "save"],
+)
+def test_killed_and_resumed_gives_the_same_bytes(
+    work: Path, whole: Path, how: str, number: int, saved: int, logged: int
+) -> None:
+    out = work / f"killed-{how}"
+    arguments = [str(work / "source"), str(out), config(work).model_dump_json(exclude={"steps"}), how, str(number)]
+    process = subprocess.run([sys.executable, "-c", KILLED, *arguments], stderr=subprocess.DEVNULL)
     assert process.returncode == -signal.SIGKILL
-    assert trainer.saved_step(work / "killed.partial") == 4
-    assert len(curve(work / "killed.partial")) == 5  # one line more than the checkpoint: it is cut off
-    resumed = extend(str(work / "source"), work / "killed", config(work))
+    partial = out.with_name(out.name + ".partial")
+    assert trainer.saved_step(partial) == saved
+    assert len(curve(partial)) == logged
+    resumed = extend(str(work / "source"), out, config(work))
     names = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
     assert sorted(names) == sorted(path.relative_to(resumed) for path in resumed.rglob("*") if path.is_file())
     assert [str(name) for name in names if (whole / name).read_bytes() != (resumed / name).read_bytes()] == []
@@ -148,7 +174,9 @@ def test_nan_stops_and_names_the_step(work: Path, monkeypatch: pytest.MonkeyPatc
         return plain(*args) * (float("nan") if len(calls) == 4 else 1.0)
 
     monkeypatch.setattr(trainer, "weighted_cross_entropy", failing)
-    with pytest.raises(CheckFailed, match=r"at step 4 is not finite; the checkpoint of step 2 is kept"):
+    with pytest.raises(
+        CheckFailed, match=r"at step 4, on text of .*/[0-5]\.txt.*, is not finite; the checkpoint of step 2 is kept"
+    ):
         extend(str(work / "source"), work / "nan", config(work))
     assert trainer.saved_step(work / "nan.partial") == 2
     assert len(curve(work / "nan.partial")) == 3

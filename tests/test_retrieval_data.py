@@ -13,7 +13,7 @@ import pytest
 from tiny import write_tokenizer
 
 from lcconvert.convert import needle_prompt, retrieval
-from lcconvert.convert.corpus import Corpus, split_pieces
+from lcconvert.convert.corpus import LONG_CHARS, Corpus, split_pieces
 from lcconvert.convert.extend_config import Stage
 from lcconvert.convert.retrieval import make_puzzle, retrieval_sample
 from lcconvert.convert.rows import StageRows
@@ -167,6 +167,61 @@ def test_data_that_is_not_there(tokenizer: Tokenizer, tmp_path: Path, monkeypatc
     (tmp_path / "table.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"table\.parquet needs pyarrow"):
         read(tokenizer, tmp_path)
+
+
+def test_bad_data_is_skipped_only_on_request(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_bytes(b'{"text": "good"}\nnot json\n\xff\xfe\n{"text": "also good"}\n')
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"words " * 99)[:-20])
+    corpus = Corpus.read([str(tmp_path)], tokenizer, need=10**6, seed=0, skip_bad=True)
+    assert tokenizer.decode(corpus.tokens.tolist(), skip_special=False) == "good<|im_end|>also good<|im_end|>"
+    assert corpus.places == tuple(f"{tmp_path}/lines.jsonl line {n}" for n in (1, 4))
+    places = sorted(place.removeprefix(f"{tmp_path}/").partition(":")[0] for place in corpus.skipped)
+    assert places == ["cut.txt.gz", "lines.jsonl line 2", "lines.jsonl line 3"]
+
+
+def test_long_documents_are_met_more_often_and_entries_keep_their_share(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name, letter in (("code", "c"), ("prose", "p")):
+        (tmp_path / name).mkdir()
+        for i in range(40):
+            (tmp_path / name / f"{i}.txt").write_text(letter * 500)
+        for i in range(4):
+            (tmp_path / name / f"long{i}.txt").write_text(letter.upper() * LONG_CHARS)
+    entries = [str(tmp_path / "code"), str(tmp_path / "prose")]
+    plain = Corpus.read(entries, tokenizer, need=10**6, seed=0)
+    assert len(plain.places) == 88
+    corpus = Corpus.read(entries, tokenizer, need=10**6, seed=0, upsample_long=4.0)
+    assert sum("/long" in place for place in corpus.places) == 8
+    assert 10 <= len(corpus.places) - 8 <= 30  # about a quarter of 80
+    half = Corpus.read(entries, tokenizer, need=60_000, seed=0, upsample_long=4.0)
+    text = tokenizer.decode(half.tokens.tolist(), skip_special=True).lower()
+    assert abs(text.count("c") - text.count("p")) <= LONG_CHARS
+
+
+def test_held_out_text_is_never_trained_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    told = (
+        "The lighthouse keeper wrote down every ship that passed, its flag, its cargo and the hour, for thirty years."
+    )
+    (tmp_path / "mine.txt").write_text("My own words about the sea.")
+    (tmp_path / "copy.txt").write_text(
+        f"Preface\n\n{told.replace(' ', chr(10), 3).upper()} And so on, for ever.\n\nEnd"
+    )
+    held_out = [f"Another beginning.\n\n{told} And so on, for ever.\n\nAnother end."]
+    corpus = Corpus.read([str(tmp_path)], tokenizer, need=10**6, seed=0, held_out=held_out)
+    assert corpus.places == (str(tmp_path / "mine.txt"),)
+    assert corpus.held_out == 1
+    with pytest.raises(UserError, match="1 documents of it are held-out text"):
+        Corpus.read([str(tmp_path / "copy.txt")], tokenizer, need=10**6, seed=0, held_out=held_out)
+
+
+def test_origins_name_the_documents_of_a_window(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_text(name * 9)  # ten tokens with the end token
+    corpus = Corpus.read([str(tmp_path)], tokenizer, need=10**6, seed=0)
+    first, second, third = corpus.places
+    assert corpus.origins(3, 5) == [first]
+    assert corpus.origins(9, 2) == [first, second]
+    assert corpus.origins(55, 10) == [third, first]
+    assert corpus.origins(0, 10**6) == [first, second, third]
 
 
 def test_windows_go_around(corpus: Corpus) -> None:
