@@ -45,7 +45,8 @@ from lcconvert.runtime.protocol import (
     usage_body,
 )
 from lcconvert.runtime.sessions import Sessions, drop_session, file_of, list_sessions
-from lcconvert.runtime.worker import ClientLeft, Job, Progress, Rejected, Stopped, Worker
+from lcconvert.runtime.units import format_bytes
+from lcconvert.runtime.worker import ClientLeft, Job, Progress, Rejected, Stopped, TimedOut, Worker
 
 if TYPE_CHECKING:
     from lcconvert.runtime.engine import Engine, Piece
@@ -221,22 +222,17 @@ class _Api:
     ) -> Response:
         if asked.session is not None:
             self._session_folder()
-        room = self.engine.max_context - len(ids)
-        max_tokens = asked.asked_tokens or min(default_tokens, room)
         if not ids:
             raise ApiError(400, "the prompt has no tokens", code="empty_prompt")
-        if room < 1 or max_tokens > room:
-            wanted = f"{len(ids)} prompt tokens" + (f" + {max_tokens} max_tokens" if asked.asked_tokens else "")
-            raise ApiError(
-                400, f"{wanted} do not fit in {self.engine.max_context} tokens of context; shorten the prompt"
-                + (" or lower max_tokens" if room > 0 else ""), param="messages" if isinstance(asked, ChatRequest)
-                else "prompt", code="context_length_exceeded",
-            )  # fmt: skip
+        room = self.engine.max_context - len(ids)
+        max_tokens = asked.asked_tokens or min(default_tokens, max(room, 1))
+        if max_tokens > room:
+            raise self._too_long(asked, len(ids), max_tokens)
         job = Job(ids, asked.sampling(max_tokens), progress=bool(asked.progress), session=asked.session)
         self.worker.submit(job)
+        end = self._give_up_after(job, asked.timeout)
         if asked.stream:
-            events = self._stream(job, asked, answer)
-            return _EventStream(events, lambda: self.worker.cancel(job, ClientLeft("the stream is over")))
+            return _EventStream(self._stream(job, asked, answer), lambda: end("the stream is over"))
         watch = asyncio.create_task(self._watch(request, job))
         try:
             return JSONResponse(await self._collect(job, asked, answer))
@@ -244,7 +240,39 @@ class _Api:
             raise _as_api_error(error) from error
         finally:
             watch.cancel()
-            self.worker.cancel(job, ClientLeft("the request is over"))
+            end("the request is over")
+
+    def _too_long(self, asked: ChatRequest | CompletionRequest, prompt: int, max_tokens: int) -> ApiError:
+        """The refusal of a request that can never fit, with the memory it would take."""
+        most, token_bytes = self.engine.max_context, self.engine.kv_bytes_per_token()
+        plan = {
+            "needed_tokens": prompt + max_tokens,
+            "needed_bytes": round((prompt + max_tokens) * token_bytes),
+            "free_bytes": round(self.worker.free_tokens() * token_bytes),
+            "largest_context": most,
+        }
+        wanted = f"{prompt} prompt tokens" + (f" + {max_tokens} max_tokens" if asked.asked_tokens else "")
+        advice = "shorten the prompt" + (" or lower max_tokens" if prompt < most else "")
+        message = (
+            f"{wanted} do not fit in {most} tokens of context; {advice} (it needs "
+            f"{format_bytes(plan['needed_bytes'])} of KV cache, {format_bytes(plan['free_bytes'])} are free)"
+        )
+        param = "messages" if isinstance(asked, ChatRequest) else "prompt"
+        return ApiError(400, message, param=param, code="context_length_exceeded", plan=plan)
+
+    def _give_up_after(self, job: Job, seconds: float | None) -> Callable[[str], None]:
+        """Ends the job when its time is over; returns what to call with a reason when its response is over."""
+        timer = None
+        if seconds is not None:
+            reason = TimedOut(f"the request took longer than its timeout of {seconds:g} s")
+            timer = asyncio.get_running_loop().call_later(seconds, lambda: self.worker.cancel(job, reason))
+
+        def end(why: str) -> None:
+            if timer is not None:
+                timer.cancel()
+            self.worker.cancel(job, ClientLeft(why))
+
+        return end
 
     async def _watch(self, request: Request, job: Job) -> None:
         """Cancels the job when the client hangs up."""
@@ -331,6 +359,8 @@ def _as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, ClientLeft | ClientDisconnect):
         return ApiError(_CLIENT_GONE, "the client left")
+    if isinstance(error, TimedOut):
+        return ApiError(504, f"{error}; ask for less or allow more time", param="timeout", code="timeout")
     if isinstance(error, Rejected):
         return ApiError(503, str(error), code="overloaded", kind="server_error")
     if isinstance(error, Stopped):

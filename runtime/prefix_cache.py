@@ -66,6 +66,12 @@ class PrefixCache:
         """Tokens of kept contexts in pages of the pool; shared ones count once."""
         return PAGE * len({page for kept in self._kept for page in kept.pages})
 
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that are not promised to running requests; kept contexts would make room. Any thread may ask."""
+        leases = list(self._leases)
+        return PAGE * max(self._capacity - len(self._leased) - sum(lease.new_pages for lease in leases), 0)
+
     def longest(self, ids: np.ndarray) -> tuple[Kept | None, int]:
         """The kept context that shares most whole pages with `ids` int32 [T], and how many tokens that is. At least one
         token is left to read."""

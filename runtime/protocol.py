@@ -3,8 +3,8 @@
 Only what the engine does is accepted. A field that would change the answer and is not supported is refused with the
 field's name, never ignored; the same field at the value that means "off" is fine, because client libraries send it.
 Left out: tools, images, JSON mode, several choices per request, log-probabilities other than a chat answer's own.
-Beyond OpenAI's fields there are `top_k`, `progress` (reports while a long prompt is read; streams only) and `session`
-(the name under which the context is saved and restored).
+Beyond OpenAI's fields there are `top_k`, `progress` (reports while a long prompt is read; streams only), `session`
+(the name under which the context is saved and restored) and `timeout` (seconds after which the request is given up).
 """
 
 from __future__ import annotations
@@ -54,10 +54,12 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         kind: str = "invalid_request_error",
+        **more: Any,
     ) -> None:
+        """`more`: fields of the error beyond OpenAI's."""
         super().__init__(message)
         self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code, **more}}
 
 
 # Requests
@@ -141,6 +143,7 @@ class _Generation(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     progress: bool | None = None
+    timeout: float | None = Field(None, gt=0, le=86_400)
     session: str | None = Field(None, pattern=f"^{SESSION_NAME}$")
 
     @property

@@ -58,6 +58,10 @@ class ClientLeft(Stopped):
     """The work was given up because nobody waits for it."""
 
 
+class TimedOut(Stopped):
+    """The work was given up because it took longer than its request allowed."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Layers of the prefill done, and in all."""
@@ -168,6 +172,10 @@ class Worker:
                 "running": len(self._running),
                 "waiting": len(self._waiting),
             }
+
+    def free_tokens(self) -> int:
+        """Tokens of cache that are not promised to running requests."""
+        return self._cache.free_tokens
 
     def submit(self, job: Job) -> None:
         """Queues the job; raises `Rejected` when the queue is full or the server is stopping."""

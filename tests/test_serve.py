@@ -194,6 +194,8 @@ BAD = [
     ({"max_tokens": 1.5}, "max_tokens"),
     ({"max_completion_tokens": -3}, "max_completion_tokens"),
     ({"seed": 2**64}, "seed"),
+    ({"timeout": 0}, "timeout"),
+    ({"session": "../x"}, "session"),
     ({"stop": ""}, "stop.0"),
     ({"stop": ["x"] * 17}, "stop"),
     ({"n": 2}, "n"),
@@ -265,6 +267,9 @@ def test_what_cannot_fit_is_refused_with_the_numbers(client, http) -> None:
         client.completions.create(model=MODEL, prompt="x" * 9, max_tokens=CONTEXT)
     assert caught.value.code == "context_length_exceeded"
     assert str(CONTEXT) in str(caught.value)
+    plan = caught.value.body["plan"]
+    assert (plan["needed_tokens"], plan["largest_context"]) == (CONTEXT + 9, CONTEXT)
+    assert plan["needed_bytes"] > plan["free_bytes"] > 0
     with pytest.raises(openai.BadRequestError, match="shorten the prompt"):
         client.completions.create(model=MODEL, prompt="x" * 3000)
     assert client.completions.create(model=MODEL, prompt="x" * (CONTEXT - 3)).usage.completion_tokens == 3

@@ -131,6 +131,24 @@ def test_a_client_that_leaves_during_prefill_stops_the_work(http, url, engine, s
     eventually(lambda: gone in http.get("/metrics").text)
 
 
+def test_a_request_is_given_up_when_its_time_is_over(http, url, engine) -> None:
+    """While its prompt is read, while it waits, and in a stream; what has time is answered."""
+    with Held(engine) as held, ThreadPoolExecutor() as pool:
+        body = {"prompt": long_prompt(), "timeout": 0.3}
+        reading = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=30)
+        assert held.entered.wait(20)
+        waiting = httpx.post(f"{url}/v1/completions", json={"prompt": "z" * 600, "timeout": 0.1}, timeout=30)
+        for answer in (waiting, reading.result()):
+            assert answer.status_code == 504
+            assert answer.json()["error"]["code"] == "timeout"
+        assert held.left_early.wait(20)
+        streamed = http.post("/v1/completions", json=body | {"stream": True}).text
+        assert '"code": "timeout"' in streamed
+        assert "[DONE]" not in streamed
+    assert http.post("/v1/completions", json={"prompt": "x", "timeout": 60}).status_code == 200
+    eventually(lambda: state(http) == (0, 0))
+
+
 def test_clients_that_leave_at_once_leave_nothing_behind(http, url, engine) -> None:
     with Held(engine):
         for number in range(20):
