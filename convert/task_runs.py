@@ -147,6 +147,8 @@ def _ask_case(target: Target, case: Case, prompt: TaskPrompt, base: Row, log: Sa
         prefill_seconds = time.perf_counter() - started
         for i, asked in reversed(list(enumerate(prompt.asks))):
             control = i > 0
+            if control and log.get(case_key(base, case, control=True)) is not None:  # killed between the two
+                continue
             references = [""] if control else list(asked.answers)  # a control is decided by its first candidate
             answer = asking(i, references, task.kind, task.max_new_tokens)
             row: Row = {
