@@ -123,6 +123,7 @@ def inspect_command(src: str, context: int | None, gpu: int, verifying: bool, as
 @click.option("--pose-chunks", type=int, help="Most pieces a window is cut into to reach the context (PoSE).")
 @click.option("--contiguous-share", type=float, help="Share of windows whose positions do not skip; 0.3 at least.")
 @click.option("--retrieval-share", type=float, help="Share of windows that are synthetic retrieval.")
+@click.option("--replay-share", type=float, help="Share of windows that hold short prompts to the original model.")
 @click.option("--attention-factor", type=float, help="yarn, longrope: factor on cos and sin; default: the paper's.")
 @click.option("--gradient-checkpointing/--keep-activations", default=None, help="Save memory, or time.")
 @click.option("--seed", type=int)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from lcconvert.convert.checkpoint import open_checkpoint
@@ -80,7 +81,17 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
                 skip_bad=config.skip_bad,
                 held_out=held_out,
             )
-            provenance["training"] = train(decoder, corpus, tokenizer, config, folder, stretched.sha256())
+            for place in corpus.skipped:
+                click.echo(f"skipped {place}", err=True)
+            if corpus.held_out:
+                click.echo(f"left out {corpus.held_out} documents that hold held-out text", err=True)
+            replayed = any(stage.replay_share for stage in config.plan)
+            compute = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+            teacher = load_decoder(source, device=device, dtype=compute) if replayed else None
+            provenance["training"] = train(
+                decoder, corpus, tokenizer, config, folder, stretched.sha256(), teacher=teacher
+            )
+            del teacher
         decoder = decoder.to(torch.bfloat16)
         claim = ContextClaim(configured=config.context)
         sidecar = Sidecar(variant="extended", context=claim, provenance=provenance)

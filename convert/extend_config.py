@@ -5,9 +5,9 @@ Kept apart from the work so that `--help` and recipe checking do not import torc
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.units import parse_count
@@ -17,6 +17,9 @@ METHODS: tuple[str, ...] = get_args(Method)
 Tokens = Annotated[int, BeforeValidator(lambda value: parse_count(value, "token count")), Field(ge=1)]
 
 
+REPLAY_TOKENS = 2048
+
+
 class Stage(BaseModel):
     """One stretch of training at one real length. Tokens per optimizer step: seq_len * batch_size * accumulate.
 
@@ -24,6 +27,8 @@ class Stage(BaseModel):
     pose_chunks: most chunks a window is cut into to reach the context; 1 trains the real length only.
     contiguous_share: windows left uncut, so that short prompts stay as good as they were.
     retrieval_share: windows that are synthetic retrieval with loss on the answers; the others are plain text.
+    replay_share: windows that are plain text in short pieces of at most REPLAY_TOKENS, each from position 0, whose loss
+    is the divergence from the original model: they hold short prompts where they were, whatever the text is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +42,15 @@ class Stage(BaseModel):
     pose_chunks: int = Field(8, ge=1, le=16)
     contiguous_share: float = Field(0.3, ge=0.3, le=1.0)
     retrieval_share: float = Field(0.5, ge=0.0, le=1.0)
+    replay_share: float = Field(0.0, ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.retrieval_share + self.replay_share > 1.0:
+            raise ValueError(
+                f"retrieval_share {self.retrieval_share} and replay_share {self.replay_share} are more than all windows"
+            )
+        return self
 
     @property
     def rows(self) -> int:

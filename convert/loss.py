@@ -1,4 +1,5 @@
-"""Cross-entropy of a language-model head without the logits, whose [T, vocab] in fp32 is the first thing to run out.
+"""The loss of a language-model head, against targets or a teacher, without the logits: they are the first thing that
+does not fit.
 
 At 64K tokens and a 128K vocabulary the logits and their gradient would take 67 GB; here a tile of rows is turned into
 logits, loss and gradients, and forgotten. The gradients are computed in the forward pass, so the head is multiplied
@@ -29,14 +30,44 @@ def weighted_cross_entropy(
     assert hidden.shape[1] == head.shape[1]
     assert targets.shape == weights.shape == hidden.shape[:1]
     rows = weights.nonzero()[:, 0]
-    loss: torch.Tensor = _TiledCrossEntropy.apply(hidden[rows], head, targets[rows], weights[rows].float(), tile_rows)
+    loss: torch.Tensor = _TiledLoss.apply(
+        hidden[rows], head, weights[rows].float(), targets[rows], None, None, tile_rows
+    )
     return loss
 
 
-class _TiledCrossEntropy(torch.autograd.Function):
+def weighted_divergence(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: torch.Tensor,
+    weights: torch.Tensor,
+    tile_rows: int = TILE_ROWS,
+) -> torch.Tensor:
+    """sum_t weights[t] * KL(teacher || model) of the next-token distributions, in nats; fp32, tiled like the above.
+
+    hidden [N, H] and head [V, H] are the model's and differentiated; teacher_hidden [N, H'] and teacher_head [V, H']
+    are not. weights fp32 [N] >= 0.
+    """
+    assert hidden.shape[:1] == teacher_hidden.shape[:1] == weights.shape
+    assert head.shape[0] == teacher_head.shape[0]
+    loss: torch.Tensor = _TiledLoss.apply(hidden, head, weights, None, teacher_hidden, teacher_head, tile_rows)
+    return loss
+
+
+class _TiledLoss(torch.autograd.Function):
+    """Against `targets`, or against a teacher's distribution where there are none."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, tile_rows: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        weights: torch.Tensor,
+        targets: torch.Tensor | None,
+        teacher_hidden: torch.Tensor | None,
+        teacher_head: torch.Tensor | None,
+        tile_rows: int,
     ) -> torch.Tensor:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -47,12 +78,23 @@ class _TiledCrossEntropy(torch.autograd.Function):
             tile = slice(start, start + tile_rows)
             logits = (hidden[tile] @ head_cast.T).float()  # [tile, V]
             log_norm = logits.logsumexp(dim=-1)
-            picked = logits.gather(1, targets[tile, None])[:, 0]
-            loss += (weights[tile] * (log_norm - picked)).sum()
+            if targets is not None:
+                picked = logits.gather(1, targets[tile, None])[:, 0]
+                row_loss = log_norm - picked
+            else:
+                assert teacher_hidden is not None
+                assert teacher_head is not None
+                said = (teacher_hidden[tile] @ teacher_head.to(teacher_hidden.dtype).T).float().log_softmax(-1)
+                wanted = said.exp()
+                row_loss = (wanted * (said - logits)).sum(-1) + log_norm
+            loss += (weights[tile] * row_loss).sum()
             if grad_hidden is None and grad_head is None:
                 continue
             grad = logits.sub_(log_norm[:, None]).exp_()  # softmax, in the logits' memory
-            grad.scatter_add_(1, targets[tile, None], torch.full_like(picked, -1.0)[:, None])
+            if targets is not None:
+                grad.scatter_add_(1, targets[tile, None], torch.full_like(picked, -1.0)[:, None])
+            else:
+                grad -= wanted
             grad = grad.mul_(weights[tile, None]).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[tile] = grad @ head_cast
@@ -70,4 +112,4 @@ class _TiledCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_head is not None:
             grad_head = (grad_head * grad_loss).to(ctx.head_dtype)
-        return grad_hidden, grad_head, None, None, None
+        return grad_hidden, grad_head, None, None, None, None, None

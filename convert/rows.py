@@ -29,7 +29,7 @@ Row = dict[str, torch.Tensor]
 class StageRows(Dataset[Row]):
     """The rows of one stage. A row is ids, positions, weights, each [T]; weights fp32 sum to 1 over the tokens whose
     prediction counts (weights[t] belongs to predicting ids[t], weights[0] is 0), so that a row with three answer
-    tokens teaches as much as a row of plain text.
+    tokens teaches as much as a row of plain text. replay, bool []: compared with the teacher instead, in short pieces.
     """
 
     stage: Stage
@@ -49,24 +49,39 @@ class StageRows(Dataset[Row]):
         stage, row = self.stage, self.first_row + index
         rng = random.Random(f"row/{self.seed}/{row}")
         start = self.first_token + index * stage.seq_len
-        if self._chosen(row, "retrieval", stage.retrieval_share):
+        kind = self._kind(row)
+        if kind == "retrieval":
             sample = retrieval_sample(self.tokenizer, self.corpus, start=start, length=stage.seq_len, rng=rng)
             ids, borders, counted = sample.ids, sample.borders, torch.tensor(sample.answers, dtype=torch.float32)
         else:
             ids, borders = self.corpus.window(start, stage.seq_len)
             counted = torch.ones(stage.seq_len)
         counted[0] = 0.0
-        chunks = 1 if self._chosen(row, "contiguous", stage.contiguous_share) else stage.pose_chunks
+        chunks = 1 if kind == "replay" or self._contiguous(row) else stage.pose_chunks
         positions = pose_positions(stage.seq_len, borders, self.context, chunks, rng)
-        return {"ids": torch.tensor(ids), "positions": positions, "weights": counted / counted.sum()}
+        replay = torch.tensor(kind == "replay")
+        return {"ids": torch.tensor(ids), "positions": positions, "weights": counted / counted.sum(), "replay": replay}
 
     def origins(self, step: int) -> list[str]:
         """The documents that the text of optimizer step `step` of this stage (from 0) was taken from."""
         tokens = self.stage.seq_len * self.stage.accumulate * self.stage.batch_size
         return self.corpus.origins(self.first_token + step * tokens, tokens)
 
-    def _chosen(self, row: int, what: Literal["retrieval", "contiguous"], share: float) -> bool:
-        """Whether `row` is among the chosen of its block: `share` of ten rows rounded up, at random places."""
+    def _kind(self, row: int) -> Literal["retrieval", "replay", "text"]:
+        place, retrieval = self._place(row, "retrieval"), _of_block(self.stage.retrieval_share)
+        if place < retrieval:
+            return "retrieval"
+        return "replay" if place < retrieval + _of_block(self.stage.replay_share) else "text"
+
+    def _contiguous(self, row: int) -> bool:
+        return self._place(row, "contiguous") < _of_block(self.stage.contiguous_share)
+
+    def _place(self, row: int, what: Literal["retrieval", "contiguous"]) -> int:
+        """The rank of `row` in its block of ten, in an order drawn for `what`."""
         block, place = divmod(row, _BLOCK)
-        order = random.Random(f"{what}/{self.seed}/{block}").sample(range(_BLOCK), _BLOCK)
-        return order[place] < math.ceil(share * _BLOCK - 1e-9)
+        return random.Random(f"{what}/{self.seed}/{block}").sample(range(_BLOCK), _BLOCK)[place]
+
+
+def _of_block(share: float) -> int:
+    """`share` of ten rows, rounded up."""
+    return math.ceil(share * _BLOCK - 1e-9)

@@ -29,8 +29,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lcconvert.convert.corpus import Corpus
-from lcconvert.convert.extend_config import ExtendConfig, Stage
-from lcconvert.convert.loss import weighted_cross_entropy
+from lcconvert.convert.extend_config import REPLAY_TOKENS, ExtendConfig, Stage
+from lcconvert.convert.loss import weighted_cross_entropy, weighted_divergence
 from lcconvert.convert.progress import progress
 from lcconvert.convert.rows import StageRows
 from lcconvert.convert.training_log import TrainingLog
@@ -40,33 +40,71 @@ from lcconvert.runtime.tokenizer import Tokenizer
 
 STATE = "training_state"  # in the work folder; gone from the finished artifact
 HOW_TO_RESUME = "repeat the same command to go on from there"
+_REPLAY_PIECES = 32  # short pieces in one forward pass: 64K tokens at most
 _NEWER, _OLDER, _MARK = f"{STATE}.new", f"{STATE}.old", "progress.json"
 
 
 class LossModule(nn.Module):
     """The training step as one module, so that accelerate sees every use of the weights inside one forward."""
 
-    def __init__(self, decoder: Decoder, checkpoint_layers: bool):
+    def __init__(self, decoder: Decoder, checkpoint_layers: bool, teacher: Decoder | None = None):
         super().__init__()
         self.decoder = decoder
         self.checkpoint_layers = checkpoint_layers
+        self._teacher = (teacher,)  # in a tuple, so that its weights are neither trained nor saved
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """ids and positions int64 [B, T], weights fp32 [B, T] over the tokens to predict -> mean loss of the rows."""
-        hidden = self.decoder(ids, positions, checkpoint_layers=self.checkpoint_layers)[:, :-1]  # [B, T-1, H]
-        targets, counted = ids[:, 1:], weights[:, 1:] / len(ids)
-        return weighted_cross_entropy(
-            hidden.flatten(0, 1), self.decoder.head_weight, targets.flatten(), counted.flatten()
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor, replay: torch.Tensor
+    ) -> torch.Tensor:
+        """ids and positions int64 [B, T], weights fp32 [B, T] over the tokens to predict, replay bool [B] -> mean loss.
+
+        The loss of a replayed row is its mean divergence from the teacher, in nats.
+        """
+        parts = []
+        if not replay.all():
+            kept = ~replay
+            hidden = self.decoder(ids[kept], positions[kept], checkpoint_layers=self.checkpoint_layers)[:, :-1]
+            targets, counted = ids[kept, 1:], weights[kept, 1:] / len(ids)  # [B, T-1]
+            parts.append(
+                weighted_cross_entropy(
+                    hidden.flatten(0, 1), self.decoder.head_weight, targets.flatten(), counted.flatten()
+                )
+            )
+        if replay.any():
+            parts.append(self._divergence(ids[replay]) * (replay.sum() / len(ids)))
+        return torch.stack(parts).sum()
+
+    def _divergence(self, ids: torch.Tensor) -> torch.Tensor:
+        """Mean KL(teacher || model) over pieces of the rows [R, T], each read from position 0 by both."""
+        (teacher,) = self._teacher
+        assert teacher is not None
+        size = min(REPLAY_TOKENS, teacher.spec.max_position, ids.shape[1])
+        pieces = ids[:, : ids.shape[1] // size * size].reshape(-1, size)
+        with torch.no_grad():
+            wanted = torch.cat([teacher(piece) for piece in pieces.split(_REPLAY_PIECES)])
+        hidden = torch.cat(
+            [self.decoder(piece, checkpoint_layers=self.checkpoint_layers) for piece in pieces.split(_REPLAY_PIECES)]
+        )
+        weights = torch.full((pieces.numel(),), 1.0 / pieces.numel(), device=ids.device)
+        return weighted_divergence(
+            hidden.flatten(0, 1), self.decoder.head_weight, wanted.flatten(0, 1), teacher.head_weight, weights
         )
 
 
 def train(
-    decoder: Decoder, corpus: Corpus, tokenizer: Tokenizer, config: ExtendConfig, folder: Path, source: str
+    decoder: Decoder,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    config: ExtendConfig,
+    folder: Path,
+    source: str,
+    teacher: Decoder | None = None,
 ) -> dict[str, Any]:
     """Trains `decoder` (float32, on its device) in place; log and plot go to `folder`/training, checkpoints beside it.
 
     Resumes from a checkpoint in `folder` made with the same settings, data and `source` (a digest of the weights that
-    training started from); UserError names the first setting that differs. CheckFailed when the loss stops being
+    training started from); UserError names the first setting that differs. `teacher` is the original model, where rows
+    are replayed. CheckFailed when the loss stops being
     finite, Interrupted after Ctrl-C, both with the last checkpoint kept. Returns what provenance records.
     """
     device = decoder.head_weight.device
@@ -78,7 +116,7 @@ def train(
     identity = json.loads(json.dumps({**config.training_identity(), "text": corpus.sha256, "source": source}))
     optimizer = torch.optim.AdamW(_weight_groups(decoder, config.weight_decay), betas=(0.9, 0.95))
     decoder.train()
-    model, optimizer = accelerator.prepare(LossModule(decoder, config.gradient_checkpointing), optimizer)
+    model, optimizer = accelerator.prepare(LossModule(decoder, config.gradient_checkpointing, teacher), optimizer)
     done = _resume(accelerator, folder, identity)
     log = TrainingLog(folder / "training", done)
     total = sum(stage.steps for stage in config.plan)
@@ -145,7 +183,7 @@ def _stage_steps(
     losses: list[float] = []
     for batch in accelerator.skip_first_batches(loader, done * stage.accumulate):
         with accelerator.accumulate(model):
-            loss = model(batch["ids"], batch["positions"], batch["weights"])
+            loss = model(**batch)
             losses.append(loss.item())
             accelerator.backward(loss)
             if not accelerator.sync_gradients:

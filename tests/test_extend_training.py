@@ -193,7 +193,7 @@ def batch(work: Path) -> dict[str, torch.Tensor]:
 
 
 def loss_and_gradients(module: LossModule, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    loss = module(batch["ids"], batch["positions"], batch["weights"])
+    loss = module(**batch)
     return loss.detach(), list(torch.autograd.grad(loss, list(module.parameters())))
 
 
@@ -206,12 +206,49 @@ def test_checkpointing_layers_changes_nothing(work: Path, batch: dict[str, torch
 def test_loss_is_the_mean_of_rows(work: Path, batch: dict[str, torch.Tensor]) -> None:
     module = LossModule(load_decoder(FolderSource(work / "source")), False)
     with torch.no_grad():
-        together = module(batch["ids"], batch["positions"], batch["weights"])
-        alone = [module(*(batch[key][i : i + 1] for key in ("ids", "positions", "weights"))) for i in range(4)]
+        together = module(**batch)
+        alone = [module(**{key: value[i : i + 1] for key, value in batch.items()}) for i in range(4)]
         logits = module.decoder.logits(module.decoder(batch["ids"], batch["positions"]))[:, :-1]
     torch.testing.assert_close(together, torch.stack(alone).mean())
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["ids"][:, 1:], reduction="none")
     torch.testing.assert_close(together, (expected * batch["weights"][:, 1:]).sum() / 4)
+
+
+def test_replayed_rows_are_compared_with_the_teacher_in_short_pieces(
+    work: Path, batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "REPLAY_TOKENS", 256)
+    decoder, teacher = load_decoder(FolderSource(work / "source")), load_decoder(FolderSource(work / "source"))
+    module = LossModule(decoder, False, teacher)
+    assert len(list(module.parameters())) == len(list(decoder.parameters()))
+    with torch.no_grad():
+        plain = module(**{key: value[1:2] for key, value in batch.items()})
+        replay = torch.tensor([True, False])
+        two = {key: value[:2] for key, value in batch.items()} | {"replay": replay}
+        torch.testing.assert_close(module(**two), plain / 2)  # the teacher itself diverges by nothing
+        decoder.layers[0].mlp.down_proj.weight.mul_(3.0)
+        plain = module(**{key: value[1:2] for key, value in batch.items()})
+        pieces = batch["ids"][0, :512].view(2, 256)
+        said, wanted = (each.logits(each(pieces)).log_softmax(-1) for each in (decoder, teacher))
+        expected = torch.nn.functional.kl_div(said, wanted, log_target=True, reduction="sum") / 512
+        assert expected > 0.01
+        torch.testing.assert_close(module(**two), (plain + expected) / 2)
+
+
+def test_replay_holds_the_model_where_it_was(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same text, a training with replay ends closer to the original model than one without."""
+    drift = []
+    before = FolderSource(work / "source")
+    original = load_decoder(before)
+    ids = torch.randint(4, 320, (2, 512), generator=torch.Generator().manual_seed(1))
+    for share in (0.0, 0.5):
+        stage = Stage(steps=12, seq_len=512, batch_size=2, lr=3e-3, retrieval_share=0.0, replay_share=share)
+        out = extend(str(work / "source"), work / f"replay{share}", config(work, stages=(stage,), save_every=0))
+        trained = load_decoder(FolderSource(out))
+        with torch.no_grad():
+            said, wanted = (each.logits(each(ids)).log_softmax(-1) for each in (trained, original))
+        drift.append(torch.nn.functional.kl_div(said, wanted, log_target=True, reduction="batchmean").item())
+    assert drift[1] < 0.8 * drift[0]
 
 
 def test_learning_rate() -> None:

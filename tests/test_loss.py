@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lcconvert.convert.loss import weighted_cross_entropy
+from lcconvert.convert.loss import weighted_cross_entropy, weighted_divergence
 
 
 def make(rows: int = 37, hidden: int = 16, vocab: int = 101) -> tuple[torch.Tensor, ...]:
@@ -67,3 +67,16 @@ def test_frozen_head_and_bfloat16() -> None:
     expected = torch.autograd.grad(plain(states, frozen, targets, weights), states)[0]
     assert grad.dtype == torch.bfloat16
     torch.testing.assert_close(grad.float(), expected, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("tile_rows", [8, 512])
+def test_divergence_equals_the_plain_form(tile_rows: int) -> None:
+    states, head, _, weights = make()
+    generator = torch.Generator().manual_seed(1)
+    teacher_states, teacher_head = torch.randn(37, 12, generator=generator), torch.randn(101, 12, generator=generator)
+    said, wanted = (states @ head.T).log_softmax(-1), (teacher_states @ teacher_head.T).log_softmax(-1)
+    expected = (weights * F.kl_div(said, wanted, log_target=True, reduction="none").sum(-1)).sum()
+    expected_grads = torch.autograd.grad(expected * 3.0, (states, head))
+    loss = weighted_divergence(states, head, teacher_states, teacher_head, weights, tile_rows)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss * 3.0, (states, head)), expected_grads)

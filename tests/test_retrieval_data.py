@@ -245,6 +245,11 @@ def test_rows(tokenizer: Tokenizer, corpus: Corpus) -> None:
     assert sum(bool((row["weights"] > 0).sum() < 400) for row in made) == 16  # answers only
     assert sum(int(row["positions"][-1]) == 699 for row in made) >= 12  # at least three in ten are contiguous
     assert sum(int(row["positions"][-1]) > 2**18 for row in made) >= 5
+    assert not any(row["replay"] for row in made)
+    mixed = StageRows(stage.model_copy(update={"replay_share": 0.2}), corpus, tokenizer, 2**20, 3, 0, 0)
+    replayed = [row for row in map(mixed.__getitem__, range(40)) if row["replay"]]
+    assert len(replayed) == 8
+    assert all((row["weights"] > 0).sum() == 699 and row["positions"][-1] == 699 for row in replayed)
     later = StageRows(stage, corpus, tokenizer, 2**20, seed=3, first_row=10, first_token=7000)
     for key in ("ids", "positions", "weights"):
         assert (later[5][key] == made[15][key]).all()
