@@ -44,9 +44,9 @@ class Tokenizer:
             dict.fromkeys(number for number in [*listed, ids.get("eos_token")] if number is not None)
         )
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self._special = frozenset(
-            number for number, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        special = {n: token.content for n, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._special = frozenset(special)
+        self.control_tokens: tuple[str, ...] = tuple(special.values())  # text that `encode` takes for more than text
         self._ends: tuple[list[int], list[int]] | None = None  # (before, after); None: as tokenizer.json says
         if "add_bos_token" in config or "add_eos_token" in config:
             before, after = (

@@ -71,7 +71,7 @@ def test_every_verb_shows_an_example_that_parses(verb: str, call) -> None:
 
 
 def test_every_verb_of_the_design_exists() -> None:
-    wanted = "inspect extend quantize export serve session generate validate bench push run"
+    wanted = "inspect extend quantize export serve ask session generate validate bench push run"
     assert set(cli.commands) == set(wanted.split())
 
 

@@ -1,0 +1,95 @@
+"""A folder as one text: every text file after a line with its path, in the order of the paths.
+
+Git decides what is left out, by the .gitignore files of the folder and its own rules, from an empty repository made for
+the purpose: no setting, hook or index of the folder's own repository is read or run. Files that are not UTF-8 text and
+links are skipped and listed. Left out: text inside PDF and office files.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lcconvert.runtime.errors import UserError
+
+_BROKEN = "\u200b"  # zero-width space
+
+
+@dataclass(frozen=True)
+class Pack:
+    """`parts`: (path, text with its header) of every file, by path; `skipped`: (path, why)."""
+
+    parts: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]
+
+    @property
+    def text(self) -> str:
+        return "".join(text for _, text in self.parts)
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.parts]
+
+
+def pack_folder(folder: Path, *, exclude: tuple[str, ...] = (), control_tokens: Iterable[str] = ()) -> Pack:
+    """Reads `folder`. `exclude`: more patterns as in .gitignore. `control_tokens` of the model that stand in a file are
+    broken by a zero-width space, so that no file can end the message it is in. UserError when no text is found."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give --files the folder to ask about")
+    parts, skipped = [], []
+    for path in _listed(folder, exclude):
+        text = _text(folder / path)
+        if isinstance(text, _Skip):
+            skipped.append((path, text.why))
+            continue
+        part = f"===== {path} =====\n{text.rstrip()}\n\n"
+        for token in control_tokens:
+            part = part.replace(token, token[:1] + _BROKEN + token[1:])
+        parts.append((path, part))
+    if not parts:
+        raise UserError(f"{folder} holds no text files that git would not ignore; give another folder")
+    return Pack(parts, skipped)
+
+
+@dataclass(frozen=True)
+class _Skip:
+    why: str
+
+
+def _text(path: Path) -> str | _Skip:
+    if path.is_symlink():
+        return _Skip("a link")
+    if path.is_dir():
+        return _Skip("a repository of its own")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return _Skip(str(error.strerror))
+    if b"\0" in data:
+        return _Skip("binary")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return _Skip("not UTF-8")
+
+
+def _listed(folder: Path, exclude: tuple[str, ...]) -> list[str]:
+    """Paths below `folder` that git would add, sorted."""
+    with tempfile.TemporaryDirectory() as empty:
+        git = ["git", f"--git-dir={empty}", f"--work-tree={folder.resolve()}"]
+        patterns = [f"--exclude={pattern}" for pattern in exclude]
+        listing = [*git, "ls-files", "-z", "--others", "--exclude-standard", *patterns]
+        try:
+            subprocess.run(["git", "init", "-q", "--bare", empty], check=True, capture_output=True)
+            subprocess.run([*git, "config", "core.bare", "false"], check=True, capture_output=True)
+            done = subprocess.run(listing, check=True, capture_output=True, cwd=folder)
+        except FileNotFoundError:
+            raise UserError("git is not installed and decides which files are ignored; install git") from None
+        except subprocess.CalledProcessError as error:
+            reason = error.stderr.decode("utf-8", "replace").strip()
+            raise UserError(f"git cannot list {folder} ({reason}); check its permissions") from None
+    names = (name.decode("utf-8", "replace") for name in done.stdout.split(b"\0") if name)
+    return sorted(names)
