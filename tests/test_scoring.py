@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +50,35 @@ def test_listing_every_number_scores_under_contains_only() -> None:
 def test_candidates_at_the_end_need_a_finished_answer() -> None:
     assert candidates("12 and 345", finished=True) == ["12", "345"]
     assert candidates("12 and 345", finished=False) == ["12"]
+
+
+def test_rulers_own_scores_on_recorded_answers() -> None:
+    """`contains` and `part` are RULER's string_match_all and string_match_part, as its scorer defines them."""
+    rng = random.Random(0)
+    for _ in range(200):
+        wanted = [rng.choice(("1234567", "Amber-Lantern", "XKQZA", "77")) + "x" * rng.randint(0, 1) for _ in range(3)]
+        answer = (
+            rng.choice(("", "The answer: ")) + rng.choice((" ", "\x00", "\t")).join(rng.choices(wanted, k=2)).swapcase()
+        )
+        matches = [1.0 if wanted_one.lower() in answer.lower() else 0.0 for wanted_one in wanted]
+        verdict = score(answer, wanted, finish="stop", kind="pair")
+        assert (verdict.contains, verdict.part) == (pytest.approx(sum(matches) / 3), max(matches))
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "found"),
+    [
+        ("uuid", "It is 0CEF72A4-42c0-4f2a-b64b-6f34203fa833.", ["0CEF72A4-42c0-4f2a-b64b-6f34203fa833"]),
+        ("uuid", "0cef72a4-42c0-4f2a-b64b-6f34203fa8331", []),
+        ("variable", "VAR ABCDE, XYZABC and FGHIJ", ["ABCDE", "FGHIJ"]),
+        ("pair", "1. amber-lantern 2. old-river-stone, x", ["amber-lantern", "old-river-stone"]),
+        ("coded", "abcdef abc ghijkl.", ["abcdef", "ghijkl"]),
+        ("path", "in `convert/tasks.py`, or ./a_b.py?", ["convert/tasks.py", "./a_b.py"]),
+        ("name", "`run` and the functions A.run, _go", ["run", "A.run", "_go"]),
+    ],
+)
+def test_candidates_of_each_kind(kind: Any, answer: str, found: list[str]) -> None:
+    assert candidates(answer, finished=True, kind=kind) == found
 
 
 @given(st.text("0123456789 .,x\n", max_size=12), st.text("0123456789 .,x\n", max_size=12))

@@ -220,19 +220,19 @@ def test_bad_requests_write_nothing(model: Path, tmp_path: Path) -> None:
 
 
 def _work(model: str, out: str) -> None:
-    """A whole run, in a process that will not live to see its end."""
-    validate(model, Path(out), ValidateConfig(**SETTINGS))
+    """A run with every kind of result, in a process that will not live to see its end."""
+    more = {"lengths": (1536,), "samples": 1, "depths": (0.2, 0.8), "max_new_tokens": 8, "perplexity_context": 1024}
+    validate(model, Path(out), ValidateConfig(**SETTINGS | more))
 
 
-def test_killed_ten_times_at_random_and_resumed(
-    model: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_killed_ten_times_at_random_and_resumed(model: Path, tmp_path: Path) -> None:
     """SIGKILL, no clean-up: the report in the end is that of a run nobody disturbed, and nothing is asked twice."""
     start = multiprocessing.get_context("forkserver")
     start.set_forkserver_preload(["lcconvert.convert.validate"])
     out, rng = tmp_path / "out", random.Random(6)
-    seconds = undisturbed[1]["seconds"]
-    kept = []
+    _work(str(model), str(tmp_path / "undisturbed"))
+    undisturbed = Report.read(tmp_path / "undisturbed").model_dump(mode="json")
+    seconds, kept = undisturbed["seconds"], []
     for _ in range(KILLS):
         process = start.Process(target=_work, args=(str(model), str(out)))
         process.start()
@@ -243,10 +243,12 @@ def test_killed_ten_times_at_random_and_resumed(
         process.join()
         assert process.exitcode in (-signal.SIGKILL, 0)
         kept.append((out / LOG).read_bytes().count(b"\n"))
-    result = validate(str(model), out, ValidateConfig(**SETTINGS))
+    _work(str(model), str(out))
+    result = Report.read(out).model_dump(mode="json")
     assert kept == sorted(kept)
-    for name in ("artifact", "haystack", "tasks", "claim", "checks", "config"):
-        assert result[name] == undisturbed[1][name]
+    assert kept[0] < len(lines(out))
+    for name in ("artifact", "haystack", "needles", "tasks", "perplexity", "claim", "checks", "config"):
+        assert result[name] == undisturbed[name]
     keys = [row["key"] for row in lines(out)]
     assert len(keys) == len(set(keys))
-    assert set(keys) == {row["key"] for row in lines(undisturbed[0])}
+    assert set(keys) == {row["key"] for row in lines(tmp_path / "undisturbed")}
