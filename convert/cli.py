@@ -128,17 +128,23 @@ def inspect_command(src: str, context: int | None, gpu: int, verifying: bool, as
 @click.option("--gradient-checkpointing/--keep-activations", default=None, help="Save memory, or time.")
 @click.option("--seed", type=int)
 @click.option("--save-every", type=int, help="Steps between checkpoints; 0 saves only when stopped.")
+@click.option("--max-time", help="Shorten the training to this on an H100, such as 20m.")
+@click.option("--dry-run", is_flag=True, help="Only print the plan: RoPE, seconds and peak memory of every stage.")
+@click.option("--card", default="h100", show_default=True, help="--dry-run: the GPU to plan for.")
 @click.option("--dtype", help="float32 or bfloat16 forward pass.")
 @device_option
-def extend_command(src: str, out: Path, **options: Any) -> None:
+def extend_command(src: str, out: Path, dry_run: bool, card: str, **options: Any) -> None:
     """Extend the context by position interpolation and fine-tuning; the same command resumes a stopped run."""
     from lcconvert.convert.extend_config import ExtendConfig
     from lcconvert.convert.settings import make_config
 
     config = make_config(ExtendConfig, options, "extend")
-    from lcconvert.convert.extend import extend
+    from lcconvert.convert import extend
 
-    click.echo(f"wrote {extend(src, out, config)}")
+    if dry_run:
+        click.echo(extend.dry_run(src, config, card))
+    else:
+        click.echo(f"wrote {extend.extend(src, out, config)}")
 
 
 @cli.command("quantize", cls=Verb, example="quantize long -o flash --variant flash")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.corpus import Corpus
 from lcconvert.convert.extend_config import ExtendConfig, Stage
+from lcconvert.convert.extend_plan import CARDS, Cost, card_named, fit_time, render
 from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.license import source_license
 from lcconvert.convert.provenance import made_with, named_source, public_name
@@ -48,21 +50,11 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
     UserError (nothing written) when the request cannot be met; CheckFailed when training diverges or what was written
     does not read back equal; Interrupted with the work folder kept for the same command to resume.
     """
-    source = open_checkpoint(src)
-    spec = ModelSpec.from_config(source.config)
-    rope = extend_rope(
-        spec.rope,
-        config.resolved_method,
-        head_dim=spec.head_dim,
-        trained=spec.max_position,
-        context=config.context,
-        factors=config.factors,
-        attention_factor=config.attention_factor,
-    )
+    source, spec, rope = _stretch(src, config)
     tokenizer = Tokenizer.from_files(source.files)
-    _check_request(source, spec, config)
     held_out = [Haystack.load(path).text for path in (None, *map(Path, config.held_out))]
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config = _planned(config, spec, torch.device(device))
     resume = HOW_TO_RESUME if config.plan else None
     need = spec.parameters() * (2 + (_STATE_BYTES if config.plan else 0))
 
@@ -102,6 +94,15 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
     return Path(out)
 
 
+def dry_run(src: str, config: ExtendConfig, card: str) -> str:
+    """What `extend` would do on a card of that name, for a terminal; UserError for what it would refuse."""
+    _, spec, rope = _stretch(src, config)
+    chosen = card_named(card)
+    cost = Cost(spec, fit_time(config, spec, chosen), chosen)
+    cost.check_fits()
+    return render(cost, rope)
+
+
 def extended_config(config: Mapping[str, Any], rope: RopeSpec, context: int) -> dict[str, Any]:
     """config.json of the extended model: RoPE in both forms, the context, bfloat16, no attention window."""
     changed = {k: v for k, v in config.items() if k not in ("torch_dtype", "original_max_position_embeddings")}
@@ -129,6 +130,35 @@ def extended_files(files: Mapping[str, bytes], context: int) -> dict[str, bytes]
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _stretch(src: str, config: ExtendConfig) -> tuple[TensorSource, ModelSpec, RopeSpec]:
+    """The source, what it is, and the RoPE it gets."""
+    source = open_checkpoint(src)
+    spec = ModelSpec.from_config(source.config)
+    rope = extend_rope(
+        spec.rope,
+        config.resolved_method,
+        head_dim=spec.head_dim,
+        trained=spec.max_position,
+        context=config.context,
+        factors=config.factors,
+        attention_factor=config.attention_factor,
+    )
+    _check_request(source, spec, config)
+    return source, spec, rope
+
+
+def _planned(config: ExtendConfig, spec: ModelSpec, device: torch.device) -> ExtendConfig:
+    """The settings with their stages cut to max_time; UserError when a stage does not fit into the GPU."""
+    if device.type != "cuda":
+        if config.max_time is not None:
+            raise UserError(f"max_time plans by the speed of a GPU and this runs on {device}; give fewer steps instead")
+        return config
+    memory = torch.cuda.get_device_properties(device).total_memory
+    card = replace(CARDS["h100"], memory=memory)
+    Cost(spec, config, card).check_fits()
+    return fit_time(config, spec, card)
 
 
 def _check_request(source: TensorSource, spec: ModelSpec, config: ExtendConfig) -> None:

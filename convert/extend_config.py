@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lcconvert.runtime.errors import UserError
-from lcconvert.runtime.units import parse_count
+from lcconvert.runtime.units import parse_count, parse_seconds
 
 Method = Literal["linear", "ntk", "theta", "yarn", "longrope", "llama3"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -69,6 +69,7 @@ class ExtendConfig(Stage):
     skip_bad: pass over unreadable files and lines, and record them, instead of stopping.
     held_out: text files or folders that validation uses; a training document that shares a paragraph with them, or with
     the bundled haystack, is left out.
+    max_time: seconds ("20m"): stages are shortened alike until training takes no longer, by speeds measured on an H100.
     dtype: what the forward pass computes in; the weights trained are float32, the weights written bfloat16.
     """
 
@@ -84,6 +85,7 @@ class ExtendConfig(Stage):
     stages: tuple[Stage, ...] = ()
     seed: int = Field(0, ge=0)
     save_every: int = Field(50, ge=0, description="steps between checkpoints; 0 saves only when stopped")
+    max_time: Annotated[float | None, BeforeValidator(parse_seconds), Field(gt=0)] = None
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = True

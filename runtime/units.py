@@ -22,6 +22,16 @@ def parse_count(text: str | int, what: str = "size") -> int:
     return int(value)
 
 
+def parse_seconds(text: str | float | None) -> float | None:
+    """Parses a duration such as `90s`, `20m`, `1.5h`, or seconds without a unit; None stays None."""
+    if not isinstance(text, str):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text.lower())
+    if not match:
+        raise UserError(f"time is {text!r}, expected a duration such as 90s, 20m or 1.5h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
 def format_count(n: int) -> str:
     """Shortest exact form: 1048576 -> `1M`, 131072 -> `128K`, 1000 -> `1000`."""
     for letter in "GMK":
