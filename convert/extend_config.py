@@ -14,6 +14,7 @@ from lcconvert.runtime.units import parse_count, parse_seconds
 
 Method = Literal["linear", "ntk", "theta", "yarn", "longrope", "llama3"]
 METHODS: tuple[str, ...] = get_args(Method)
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 Tokens = Annotated[int, BeforeValidator(lambda value: parse_count(value, "token count")), Field(ge=1)]
 
 
@@ -85,7 +86,7 @@ class ExtendConfig(Stage):
     stages: tuple[Stage, ...] = ()
     seed: int = Field(0, ge=0)
     save_every: int = Field(50, ge=0, description="steps between checkpoints; 0 saves only when stopped")
-    max_time: Annotated[float | None, BeforeValidator(parse_seconds), Field(gt=0)] = None
+    max_time: Seconds | None = None
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = True

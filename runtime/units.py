@@ -22,8 +22,8 @@ def parse_count(text: str | int, what: str = "size") -> int:
     return int(value)
 
 
-def parse_seconds(text: str | float | None) -> float | None:
-    """Parses a duration such as `90s`, `20m`, `1.5h`, or seconds without a unit; None stays None."""
+def parse_seconds(text: str | float) -> float:
+    """Parses a duration such as `90s`, `20m`, `1.5h`, or seconds without a unit."""
     if not isinstance(text, str):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text.lower())
