@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -109,35 +110,50 @@ def run_tasks(
     advance: Callable[[], None],
     deadline: float | None,
 ) -> set[int]:
-    """Asks all that the log does not hold; returns the lengths that ran out of memory.
+    """Asks all that the log does not hold; returns the lengths that ran out of memory, the longer ones with them.
 
     `deadline` (time.perf_counter) starts no prompt that is estimated to end after it.
     """
     out_of_memory: set[int] = set()
     worst: tuple[int, float] | None = None  # tokens and seconds of the slowest prompt of the last length
+    pending = []
     for case in plan.cases():
-        if log.get(case_key(base, case, control=False)) is not None:
+        if log.get(case_key(base, case, control=False)) is None:
+            pending.append(case)
+        else:
             advance()
-            continue
-        if out_of_memory:  # a longer one cannot fit either
-            out_of_memory.add(case.length)
-            continue
+
+    def built(case: Case) -> TaskPrompt:
+        return build(TASKS[case.task], replace(case, length=case.length - target.margin), counter, plan.cache)
+
+    for case, prompt_of in _ahead(built, pending):
         started = time.perf_counter()
         # between linear and quadratic in the length; quadratic is the cautious guess
         estimate = worst[1] * (case.length / worst[0]) ** 2 if worst else 0.0
         if deadline is not None and started + estimate > deadline:
-            continue
-        prompt = build(TASKS[case.task], replace(case, length=case.length - target.margin), counter, plan.cache)
+            break
         try:
-            _ask_case(target, case, prompt, base, log)
+            _ask_case(target, case, prompt_of(), base, log)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            out_of_memory.add(case.length)
+            out_of_memory = {case.length, *(longer for longer in plan.lengths if longer > case.length)}
+            break
         spent = time.perf_counter() - started
         worst = (case.length, spent if worst is None or worst[0] != case.length else max(spent, worst[1]))
         advance()
     return out_of_memory
+
+
+def _ahead(built: Callable[[Case], TaskPrompt], cases: list[Case]) -> Iterator[tuple[Case, Callable[[], TaskPrompt]]]:
+    """Each case with what waits for its prompt; the next prompt is built while this one is asked."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(built, cases[0]) if cases else None
+        for i, case in enumerate(cases):
+            assert following is not None
+            current = following
+            following = pool.submit(built, cases[i + 1]) if i + 1 < len(cases) else None
+            yield case, current.result
 
 
 def _ask_case(target: Target, case: Case, prompt: TaskPrompt, base: Row, log: SampleLog) -> None:

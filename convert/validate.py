@@ -176,6 +176,7 @@ def _validate_endpoint(
 
 def _finish(report: Report, out: Path) -> dict[str, Any]:
     """Writes the report and returns it; CheckFailed when it misses a threshold."""
+    out.mkdir(parents=True, exist_ok=True)  # gone when nothing was measured in the time given
     write_report(report, out)
     if failed := [check for check in report.checks if not check.passed]:
         raise CheckFailed(f"{'; '.join(_missed(check) for check in failed)}; the report is in {out}")

@@ -109,6 +109,22 @@ def test_known_answers_in_the_report(counter: Counter, tmp_path: Path) -> None:
     assert {(cell.strict, cell.all) for cell in listing.cells} == {(0, 1.0)}
 
 
+def test_out_of_memory_and_out_of_time_are_states(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SETTINGS | {"tasks": ("kv",), "task_samples": 1}
+    late = validate(str(model), tmp_path / "late", ValidateConfig(**settings, max_seconds=1e-6))
+    assert [cell["state"] for cell in late["tasks"]["cells"]] == ["not run", "not run"]
+    prefill = Engine.prefill
+
+    def limited(engine: Engine, seq: Any, ids: list[int], **options: Any) -> Any:
+        if len(ids) > 1500:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        return prefill(engine, seq, ids, **options)
+
+    monkeypatch.setattr(Engine, "prefill", limited)
+    short = validate(str(model), tmp_path / "short", ValidateConfig(**settings))
+    assert [cell["state"] for cell in short["tasks"]["cells"]] == ["measured", "out of memory"]
+
+
 def test_more_samples_reuse_what_was_asked(counter: Counter, tmp_path: Path) -> None:
     first, second = Stub("oracle"), Stub("oracle")
     measured(first, counter, tmp_path, ("kv",), samples=2)
