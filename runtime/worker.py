@@ -148,6 +148,8 @@ class Worker:
     ) -> None:
         """`prefix_cache`: tokens to keep of requests that have ended, see `PrefixCache`."""
         self._sessions = sessions
+        self._unsaved: deque[_Running] = deque()  # ended, and their sessions are to be saved
+        self._saving = False
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._engine = engine
         self._cache = PrefixCache(engine, prefix_cache)
@@ -255,14 +257,16 @@ class Worker:
                 if self._stopping:
                     break
             self._turn()
-        for run in list(self._running):
+        for run in [run for run in self._running if run not in self._unsaved]:
             self._drop(run)
+        self._save_sessions()
         self._cache.clear()
 
     def _turn(self, longest_prompt: int | None = None) -> None:
         """A token for every running job, then the prefill of the oldest waiting one (up to `longest_prompt` ids)."""
         self._run_calls()
         self._decode()
+        self._save_sessions()
         if (run := self._admit(longest_prompt)) is not None:
             self._prefill(run)
         self._metrics.kv_tokens.set(sum(run.lease.sequence.length for run in self._running))
@@ -298,7 +302,7 @@ class Worker:
         return run
 
     def _run_calls(self) -> None:
-        while self._calls:
+        while self._calls and not self._saving:
             work, future = self._calls.popleft()
             try:
                 future.set_result(work())
@@ -369,16 +373,33 @@ class Worker:
         lease.cached = saved
         self._metrics.restored_tokens.inc(saved)
 
-    def _save(self, run: _Running) -> None:
-        """Saves what the job has read under its session, unless that is saved already."""
-        job, kept = run.job, run.lease.kept
-        if job.session is None or self._sessions is None or kept is None:
+    def _save_sessions(self) -> None:
+        """Saves what ended jobs have read under their sessions, unless that is saved already, and ends them.
+
+        Other jobs get turns meanwhile, so this must not run while a step's tokens are being given out; and there is one
+        save at a time, for two of one name would write the same file.
+        """
+        if self._saving:
             return
+        self._saving = True
         try:
-            if not self._sessions.covers(job.session, kept.ids):
-                self._sessions.save(job.session, kept, between=None if self._stopping else lambda: self._turn(0))
-        except Exception:  # the answer is out; a session that is not saved is read again
-            _log.exception("session %s is not saved", job.session)
+            self._save_all()
+        finally:
+            self._saving = False
+
+    def _save_all(self) -> None:
+        while self._unsaved:
+            run = self._unsaved.popleft()
+            name, kept = run.job.session, run.lease.kept
+            assert self._sessions is not None
+            assert name is not None
+            assert kept is not None
+            try:
+                if not self._sessions.covers(name, kept.ids):
+                    self._sessions.save(name, kept, between=None if self._stopping else lambda: self._turn(0))
+            except Exception:  # the answer is out; a session that is not saved is read again
+                _log.exception("session %s is not saved", name)
+            self._end(run)
 
     def _decode(self) -> None:
         """One token for every job whose prompt is read."""
@@ -412,25 +433,27 @@ class Worker:
             return
         run.token = piece.token
         self._metrics.generated_tokens.inc()
-        if piece.finish is None:
-            job.post(piece)
-        elif job.session is None:
+        if piece.finish is not None:
             self._drop(run)  # before the client hears of the end, so that its next request finds the room
-            job.post(piece)
-        else:
-            job.post(piece)  # saving takes a while
-            self._drop(run)
+        job.post(piece)
 
     def _fail(self, job: Job, error: Exception) -> None:
         _log.error("a request failed in the engine", exc_info=error)
         job.post(error)
 
     def _drop(self, run: _Running, *, broken: bool = False) -> None:
-        """Ends a generation and gives back what was promised to it. What it has read is kept, unless it is `broken`."""
+        """Ends a generation, whatever state it is in. What it has read is kept, unless it is `broken`, and saved at the
+        end of the turn if it names a session."""
         if run.answer is not None and not broken:
-            run.answer = None  # other jobs get their turns while this one is saved
+            run.answer = None
             self._cache.keep(run.lease, run.job.session)
-            self._save(run)
+            if self._sessions is not None and run.job.session is not None and run.lease.kept is not None:
+                self._unsaved.append(run)
+                return
+        self._end(run)
+
+    def _end(self, run: _Running) -> None:
+        """Gives back what was promised to a job."""
         self._cache.end(run.lease)
         with self._wake:
             self._running.remove(run)
