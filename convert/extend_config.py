@@ -71,6 +71,8 @@ class ExtendConfig(Stage):
     held_out: text files or folders that validation uses; a training document that shares a paragraph with them, or with
     the bundled haystack, is left out.
     max_time: seconds ("20m"): stages are shortened alike until training takes no longer, by speeds measured on an H100.
+    lora_rank: 0 trains every weight; otherwise adapters of this rank on q, k, v and o, scaled by lora_alpha / lora_rank
+    and merged at the end, and beside them the weights that `lora_train` names.
     dtype: what the forward pass computes in; the weights trained are float32, the weights written bfloat16.
     """
 
@@ -87,6 +89,9 @@ class ExtendConfig(Stage):
     seed: int = Field(0, ge=0)
     save_every: int = Field(50, ge=0, description="steps between checkpoints; 0 saves only when stopped")
     max_time: Seconds | None = None
+    lora_rank: int = Field(0, ge=0)
+    lora_alpha: float = Field(16.0, gt=0)
+    lora_train: tuple[Literal["norms", "embeddings"], ...] = ("norms", "embeddings")
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = True

@@ -69,7 +69,8 @@ class Cost:
         """Weights, gradients and both moments in float32, then what the worst moment of a backward pass holds."""
         spec, tokens = self.spec, stage.batch_size * stage.seq_len
         size = 4 if self.config.dtype == "float32" else 2
-        held = spec.parameters() * (16 + (size if size == 2 else 0))  # autocast keeps the weights in 16 bit too
+        held = spec.parameters() * (4 + (size if size == 2 else 0))  # autocast keeps the weights in 16 bit too
+        held += 12 * self.trained_weights()
         if any(each.replay_share for each in self.config.plan):
             held += spec.parameters() * 2
         narrow = 2 * spec.hidden_size * (4 + size)  # the two norms: input in float32, output
@@ -81,6 +82,17 @@ class Cost:
         gradient = inside // 2
         head = spec.vocab_size * (4 * spec.hidden_size + 12 * TILE_ROWS)
         return held + tokens * (kept + gradient + ends) + head
+
+    def trained_weights(self) -> int:
+        """Weights with a gradient: all, or the adapters and what is trained beside them."""
+        spec, config = self.spec, self.config
+        if not config.lora_rank:
+            return spec.parameters()
+        attention = 4 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size  # in and out widths of q, k, v, o
+        count = config.lora_rank * spec.num_layers * attention
+        norms = (2 * spec.num_layers + 1) * spec.hidden_size
+        embeddings = spec.vocab_size * spec.hidden_size
+        return count + norms * ("norms" in config.lora_train) + embeddings * ("embeddings" in config.lora_train)
 
     def longest(self, stage: Stage) -> int:
         """The longest seq_len, in whole _GRAIN tokens and one window at a time, that fits; 0 when none does."""

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 
 from lcconvert.convert.corpus import Corpus
 from lcconvert.convert.extend_config import REPLAY_TOKENS, ExtendConfig, Stage
+from lcconvert.convert.lora import add_lora, merge_lora
 from lcconvert.convert.loss import weighted_cross_entropy, weighted_divergence
 from lcconvert.convert.progress import progress
 from lcconvert.convert.rows import StageRows
@@ -114,6 +115,8 @@ def train(
     if accelerator.num_processes > 1:
         raise UserError(f"extend was started in {accelerator.num_processes} processes; start it without a launcher")
     identity = json.loads(json.dumps({**config.training_identity(), "text": corpus.sha256, "source": source}))
+    if config.lora_rank:
+        add_lora(decoder, config.lora_rank, config.lora_alpha, config.lora_train, config.seed)
     optimizer = torch.optim.AdamW(_weight_groups(decoder, config.weight_decay), betas=(0.9, 0.95))
     decoder.train()
     model, optimizer = accelerator.prepare(LossModule(decoder, config.gradient_checkpointing, teacher), optimizer)
@@ -144,6 +147,8 @@ def train(
             first_token += stage.rows * stage.seq_len
     log.plot()
     accelerator.free_memory()
+    if config.lora_rank:
+        merge_lora(decoder)
     decoder.eval()
     last = [row["loss"] for row in log.rows[-10:]]
     return {
@@ -213,8 +218,9 @@ def learning_rate(stage: Stage, step: int) -> float:
 
 def _weight_groups(decoder: Decoder, decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices only; norms and biases are left alone."""
-    matrices = [p for p in decoder.parameters() if p.ndim > 1]
-    vectors = [p for p in decoder.parameters() if p.ndim <= 1]
+    trained = [p for p in decoder.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
     return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
