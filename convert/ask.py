@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +114,7 @@ def _read(
     engine: Engine, cache: PrefixCache, lease: Lease, head: np.ndarray, sessions: Sessions, name: str, say: Say
 ) -> None:
     """Brings `head` into the lease's sequence: what is saved of it is restored, the rest is read, all of it saved."""
-    seq = lease.sequence
+    seq, started = lease.sequence, time.perf_counter()
     if saved := common_tokens(sessions.ids(name), head):
         try:
             sessions.restore(name, seq, saved)
@@ -121,6 +122,8 @@ def _read(
             say(f"the saved session is not used: {error}")
     restored = seq.length
     say(f"{len(head)} tokens of files: {restored} restored, {len(head) - restored} read")
+    if restored:
+        say(f"restoring took {time.perf_counter() - started:.2f} s")
     if restored == len(head):
         return
     with progress(f"reading {len(head) - restored} tokens", engine.spec.num_layers, "layers") as bar:
