@@ -129,6 +129,7 @@ def inspect_command(src: str, context: int | None, gpu: int, verifying: bool, as
 @click.option("--gradient-checkpointing/--keep-activations", default=None, help="Save memory, or time.")
 @click.option("--seed", type=int)
 @click.option("--save-every", type=int, help="Steps between checkpoints; 0 saves only when stopped.")
+@click.option("--mlp-tile", type=SIZE, help="Tokens whose wide MLP activations exist at once: less memory, some time.")
 @click.option("--lora-rank", type=int, help="Train adapters of this rank on q, k, v and o; 0 trains every weight.")
 @click.option("--lora-alpha", type=float, help="Adapters are scaled by this over the rank.")
 @click.option("--lora-train", multiple=True, help="norms, embeddings: trained beside the adapters; repeatable.")

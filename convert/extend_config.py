@@ -73,6 +73,7 @@ class ExtendConfig(Stage):
     max_time: seconds ("20m"): stages are shortened alike until training takes no longer, by speeds measured on an H100.
     lora_rank: 0 trains every weight; otherwise adapters of this rank on q, k, v and o, scaled by lora_alpha / lora_rank
     and merged at the end, and beside them the weights that `lora_train` names.
+    mlp_tile: tokens whose wide MLP activations exist at once, recomputed in the backward pass; 0 keeps all of a layer.
     dtype: what the forward pass computes in; the weights trained are float32, the weights written bfloat16.
     """
 
@@ -95,6 +96,7 @@ class ExtendConfig(Stage):
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = True
+    mlp_tile: int = Field(0, ge=0)
     device: str | None = None
     dtype: Annotated[str | None, Field(pattern="^(float32|bfloat16)$")] = None
 
@@ -114,7 +116,7 @@ class ExtendConfig(Stage):
     def training_identity(self) -> dict[str, Any]:
         """Everything a half-finished training depends on; a resumed run must agree in all of it."""
         fixed = self.model_dump(
-            mode="json", exclude={"save_every", "device", "gradient_checkpointing", "stages", "steps"}
+            mode="json", exclude={"save_every", "device", "gradient_checkpointing", "mlp_tile", "stages", "steps"}
         )
         return {
             **fixed,

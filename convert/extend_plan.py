@@ -57,7 +57,8 @@ class Cost:
 
         def seconds(flop_per_weight: int, passes: float, window: int) -> float:
             """Of one row: attention FLOP are 2 w q (causal: half of 4 w q) a token and layer."""
-            linear = flop_per_weight * weights * length / self.card.linear
+            again = 2 * 3 * spec.hidden_size * spec.intermediate_size * spec.num_layers if self.config.mlp_tile else 0
+            linear = (flop_per_weight * weights + again) * length / self.card.linear
             return linear + passes * 2 * window * length * spec.q_size * spec.num_layers / self.card.attention
 
         trained = 8 if recomputed else 6
@@ -74,7 +75,12 @@ class Cost:
         if any(each.replay_share for each in self.config.plan):
             held += spec.parameters() * 2
         narrow = 2 * spec.hidden_size * (4 + size)  # the two norms: input in float32, output
-        inside = narrow + size * (3 * spec.q_size + 2 * spec.kv_size + 4 * spec.intermediate_size)  # a token and layer
+        inside = narrow + size * (3 * spec.q_size + 2 * spec.kv_size)  # of a token and layer, all but the MLP
+        wide = 4 * size * spec.intermediate_size
+        if self.config.mlp_tile:
+            held += min(self.config.mlp_tile, tokens) * wide * 3 // 2
+        else:
+            inside += wide
         borders = 4 * spec.hidden_size  # float32 between layers
         layers = spec.num_layers
         kept = layers * borders + inside if self.config.gradient_checkpointing else layers * (borders + inside)

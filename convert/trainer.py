@@ -119,6 +119,8 @@ def train(
         add_lora(decoder, config.lora_rank, config.lora_alpha, config.lora_train, config.seed)
     optimizer = torch.optim.AdamW(_weight_groups(decoder, config.weight_decay), betas=(0.9, 0.95))
     decoder.train()
+    for layer in decoder.layers:
+        layer.mlp.tile_rows = config.mlp_tile
     model, optimizer = accelerator.prepare(LossModule(decoder, config.gradient_checkpointing, teacher), optimizer)
     done = _resume(accelerator, folder, identity)
     log = TrainingLog(folder / "training", done)

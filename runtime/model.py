@@ -60,6 +60,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """`tile_rows` > 0: a training pass holds the wide activations of so many tokens at once, for one more forward."""
+
+    tile_rows = 0
+
     def __init__(self, spec: ModelSpec, layout: QuantLayout, name: str):
         super().__init__()
         h, m, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
@@ -68,6 +72,12 @@ class MLP(nn.Module):
         self.down_proj = make_linear(m, h, bias, layout.format_of(f"{name}.down_proj"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.tile_rows or x.shape[-2] <= self.tile_rows or not torch.is_grad_enabled():
+            return self._rows(x)
+        tiles = x.split(self.tile_rows, dim=-2)
+        return torch.cat([checkpoint(self._rows, tile, use_reentrant=False) for tile in tiles], dim=-2)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

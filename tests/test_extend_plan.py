@@ -50,6 +50,15 @@ def test_what_does_not_fit_is_refused_with_the_longest_length_that_does() -> Non
         Cost(LLAMA, config(Stage(steps=1)), CARD).check_fits()
 
 
+def test_tiling_the_mlp_and_adapters_make_room() -> None:
+    stage = Stage(steps=1, seq_len="64k")
+    whole, tiled = (Cost(LLAMA, config(stage, mlp_tile=tile), CARD) for tile in (0, 4096))
+    assert tiled.peak_bytes(stage) < whole.peak_bytes(stage)
+    assert whole.step_seconds(stage) < tiled.step_seconds(stage) < 1.3 * whole.step_seconds(stage)
+    adapters = Cost(LLAMA, config(stage, mlp_tile=4096, lora_rank=16), CARD)
+    assert adapters.longest(stage) > tiled.longest(stage)
+
+
 def test_replay_costs_less_than_the_long_rows_it_replaces() -> None:
     plain, replayed = (Stage(steps=1, seq_len="64k", replay_share=share) for share in (0.0, 0.5))
     cost = Cost(SMOL, config(plain), CARD)

@@ -203,6 +203,16 @@ def test_checkpointing_layers_changes_nothing(work: Path, batch: dict[str, torch
     torch.testing.assert_close(loss_and_gradients(LossModule(decoder, True), batch), plain)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tiling_the_mlp_changes_nothing(work: Path, batch: dict[str, torch.Tensor], checkpointing: bool) -> None:
+    decoder = load_decoder(FolderSource(work / "source")).train()
+    plain = loss_and_gradients(LossModule(decoder, False), batch)
+    for layer in decoder.layers:
+        layer.mlp.tile_rows = 256  # 700 tokens: two whole tiles and a rest
+    tiled = loss_and_gradients(LossModule(decoder, checkpointing), batch)
+    torch.testing.assert_close(tiled, plain, rtol=1e-6, atol=1e-6)
+
+
 def test_loss_is_the_mean_of_rows(work: Path, batch: dict[str, torch.Tensor]) -> None:
     module = LossModule(load_decoder(FolderSource(work / "source")), False)
     with torch.no_grad():
