@@ -12,7 +12,7 @@ from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.progress import say
 from lcconvert.convert.settings import make_config
 from lcconvert.convert.shapes import random_decoder, random_kv_scales
-from lcconvert.runtime.engine import CPU_CHUNK, Engine
+from lcconvert.runtime.engine import CPU_CHUNK, Engine, has_fp8
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.kv_cache import PagePool
 from lcconvert.runtime.linear import QuantLayout
@@ -87,8 +87,7 @@ def random_target(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     scheme, wanted = VARIANTS[variant]
     on_gpu = device.type == "cuda"
-    has_fp8 = on_gpu and torch.cuda.get_device_capability(device) >= (8, 9)
-    gemm: Gemm = wanted if has_fp8 else "16-bit"
+    gemm: Gemm = wanted if has_fp8(device) else "16-bit"
     layout = variant_layout(spec, variant)
     plan = None
     if on_gpu:
@@ -115,4 +114,4 @@ def random_target(
         chunk=plan.chunk_rows if plan else CPU_CHUNK,
         offload=plan.offload if plan else False,
     )
-    return Target(engine, variant, plan, has_fp8 and variant != "16-bit")
+    return Target(engine, variant, plan, has_fp8(device) and variant != "16-bit")

@@ -94,7 +94,7 @@ class Engine:
                 f"{format_count(limit)} were asked for; extend it first"
             )
         on_gpu = where.type == "cuda"
-        gemm: Gemm = "fp8" if sidecar.prefill_gemm == "fp8" and on_gpu and _has_fp8(where) else "16-bit"
+        gemm: Gemm = "fp8" if sidecar.prefill_gemm == "fp8" and has_fp8(where) else "16-bit"
         plan: MemoryPlan | None = None
         if on_gpu:
             torch.cuda.empty_cache()  # what a model before this one left behind counts as free
@@ -253,5 +253,6 @@ class Engine:
         return report
 
 
-def _has_fp8(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+def has_fp8(device: torch.device) -> bool:
+    """Whether a GPU multiplies e4m3 (Ada and Hopper on); False for a CPU."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -26,7 +26,7 @@ _V_KIND: dict[str, Kind] = {"bf16": "plain", "fp8": "fp8", "int4": "int4_token",
 
 
 _serials = count(1)
-_EXACT = 8  # exact pages reserved at first: four sequences
+EXACT_PAGES = 8  # exact pages reserved at first: four sequences
 _READ = 1024  # pages dequantized at once: bounds the float32 temporaries
 
 
@@ -114,7 +114,7 @@ class PagePool:
         self.users: list[int] = []  # sequences that hold page i
         self.unused: list[int] = []
         self._exact_unused: list[int] = []
-        self._grow_exact(_EXACT)
+        self._grow_exact(EXACT_PAGES)
         if capacity:
             self._grow(capacity)
 

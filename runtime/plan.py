@@ -8,11 +8,12 @@ Bytes; a gigabyte is 10^9 as cards are sold.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.kv_cache import EXACT_PAGES
 from lcconvert.runtime.linear import LinearFormat, QuantLayout
 from lcconvert.runtime.model import Decoder
 from lcconvert.runtime.prefill import MLP_ROWS
@@ -23,7 +24,6 @@ from lcconvert.runtime.spec import ModelSpec
 from lcconvert.runtime.units import format_bytes, format_count
 
 _KEPT_FREE = 0.03  # of the card
-_EXACT_PAGES = 8
 _LIBRARIES = 2**27  # workspaces that cuBLAS keeps, 32 MB for every stream that multiplies
 # Prefill rows and whether hidden states live in host memory, the fastest first.
 _WAYS = ((16_384, False), (8_192, False), (16_384, True), (8_192, True), (4_096, True))
@@ -120,7 +120,7 @@ def plan_memory(
         middle = (low + high + 1) // 2
         fits = _plan(spec, stored, middle * PAGE, scheme, policy, gemm, gpu_bytes, *_WAYS[-1]).fits
         low, high = (middle, high) if fits else (low, middle - 1)
-    return MemoryPlan(**{**asdict(plan), "longest": low * PAGE})
+    return replace(plan, longest=low * PAGE)
 
 
 def plan_variant(spec: ModelSpec, variant: str, context: int, gpu_bytes: int) -> MemoryPlan:
@@ -201,7 +201,7 @@ def _plan(
 ) -> MemoryPlan:
     rows = min(rows, context)
     page = PAGE * kv_bytes_per_token(spec, scheme)
-    exact = _EXACT_PAGES * PAGE * spec.kv_values_per_token * stored.element
+    exact = EXACT_PAGES * PAGE * spec.kv_values_per_token * stored.element
     states = context * spec.hidden_size * stored.element
     pinned = 1 << (states - 1).bit_length() if offload else 0  # PyTorch rounds pinned memory up to a power of two
     return MemoryPlan(
