@@ -39,7 +39,7 @@ from lcconvert.kernels.sparse_prefill import BLOCK, BlockLists
 
 POOL = 32  # tokens averaged into one pooled key, unless the caller says otherwise
 _LOGITS = 2**23  # logits the reference holds at once
-_SCORES = 2**25  # block scores the fast path holds at once
+SCORES = 2**25  # block scores the fast path holds at once
 _LARGEST = 16.0  # an e4m3 code: 128 products of two such still fit float16
 _TINY = 1e-30
 
@@ -353,7 +353,7 @@ def _select_blocks_triton(
     if pooled.shape[0]:
         codes, units = _round_e4m3_triton(pooled) if eight else (pooled, None)
         keys, q_tiles = (descriptor(x, [BLOCK, d]) for x in (codes, q))
-    step = max(1, _SCORES // (heads * total))
+    step = max(1, SCORES // (heads * total))
     for start in range(0, rules.tiles, step):
         tiles = min(step, rules.tiles - start)
         scores = torch.empty((heads, tiles, total), dtype=torch.float32, device=q.device)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from lcconvert.kernels.select_blocks import SCORES
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.kv_cache import EXACT_PAGES
 from lcconvert.runtime.linear import LinearFormat, QuantLayout
@@ -233,7 +234,7 @@ def _widest_moment(
         pooled = context // policy.pool * spec.kv_size * element
         blocks = -(-context // PAGE)
         listed = 4 * spec.num_heads * -(-rows // PAGE) * blocks
-        tiles = min(-(-rows // PAGE), max(1, 2**25 // (spec.num_heads * blocks)))  # scored at once by `select_blocks`
+        tiles = min(-(-rows // PAGE), max(1, SCORES // (spec.num_heads * blocks)))  # scored at once
         selecting = 4 * spec.num_heads * tiles * blocks
     inner, block = min(rows, MLP_ROWS) * spec.intermediate_size, min(rows, MLP_ROWS) * spec.hidden_size
     taken = rows * spec.q_size * narrow if narrow < element else 0
