@@ -25,7 +25,7 @@ demo: setup
 	$(BIN)/lcconvert run smoke -o demo
 
 test: setup
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(shell nproc) --dist loadfile
 
 check: setup tree
 	$(BIN)/ruff check .

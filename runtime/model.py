@@ -7,19 +7,57 @@ plain causal SDPA for training and for comparison with transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.linear import QuantLayout, make_linear
 from lcconvert.runtime.rope import apply_rope, cos_sin
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""q [B, T, Hq, D], k and v [B, T, Hkv, D] of new tokens -> attention output [B, T, Hq, D]."""
+
+# cuDNN's backward pass is the fastest there is on Hopper; it has no float32, and the others take over
+_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+# Attention is the one part of a layer that is dear to compute and cheap to keep: one row as wide as the hidden states.
+_ops = torch.ops.aten
+_kept_attention = partial(
+    create_selective_checkpoint_contexts,
+    [
+        _ops._scaled_dot_product_cudnn_attention.default,
+        _ops._scaled_dot_product_flash_attention.default,
+        _ops._scaled_dot_product_flash_attention_for_cpu.default,
+        _ops._scaled_dot_product_efficient_attention.default,
+    ],
+)
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Dense causal attention over the order of rows, by the fastest kernel that PyTorch has for it."""
+    q, k, v = (x.transpose(-2, -3) for x in (q, k, v))  # [B, heads, T, D]
+    with sdpa_kernel(_BACKENDS, set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
+    return out.transpose(-2, -3)
+
+
+def checkpointed(layer: Layer, *inputs: torch.Tensor, attend: Attend = causal_attention) -> torch.Tensor:
+    """`layer(*inputs)`, of which the backward pass computes everything again but the attention."""
+    out: torch.Tensor = checkpoint(layer, *inputs, attend=attend, use_reentrant=False, context_fn=_kept_attention)
+    return out
 
 
 class RMSNorm(nn.Module):
@@ -101,10 +139,10 @@ class Layer(nn.Module):
         x = x + self.self_attn.o_proj(attn)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        q, k, v = (t.transpose(-2, -3) for t in self.qkv(x, cos, sin))  # [B, heads, T, D]
-        attn = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
-        return self.finish(x, attn.transpose(-2, -3).flatten(-2))
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend = causal_attention
+    ) -> torch.Tensor:
+        return self.finish(x, attend(*self.qkv(x, cos, sin)).flatten(-2))
 
 
 class Backbone(nn.Module):
@@ -139,14 +177,14 @@ class Decoder(nn.Module):
         """int64 ids [B, T] -> hidden states after the final norm [B, T, H], dense causal attention over row order.
 
         `positions` int64 [B, T] only turn the rotary angles (PoSE may skip); None counts from 0. With
-        `checkpoint_layers`, activations inside a layer are recomputed in the backward pass.
+        `checkpoint_layers`, activations inside a layer but its attention are recomputed in the backward pass.
         """
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         cos, sin = cos_sin(self.spec.rope, self.spec.head_dim, positions)
         x = self.model.embed_tokens(input_ids)
         for layer in self.layers:
-            x = checkpoint(layer, x, cos, sin, use_reentrant=False) if checkpoint_layers else layer(x, cos, sin)
+            x = checkpointed(layer, x, cos, sin) if checkpoint_layers else layer(x, cos, sin)
         return self.model.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
