@@ -79,8 +79,8 @@ class Corpus:
                 continue
             starts.append(len(tokens))
             places.append(document.place)
-            for piece in split_pieces(document.text):
-                if ids := tokenizer.encode(piece):
+            for ids in tokenizer.encode_each(split_pieces(document.text)):
+                if ids:
                     borders.append(len(tokens))
                     tokens.extend(ids)
             tokens.append(tokenizer.eos_ids[0])

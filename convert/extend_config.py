@@ -19,6 +19,7 @@ Tokens = Annotated[int, BeforeValidator(lambda value: parse_count(value, "token 
 
 
 REPLAY_TOKENS = 2048
+REPLAY_ROW = 8 * REPLAY_TOKENS  # beside every update of a stage with questions
 
 
 class Stage(BaseModel):
@@ -30,6 +31,9 @@ class Stage(BaseModel):
     retrieval_share: windows that are synthetic retrieval with loss on the answers; the others are plain text.
     replay_share: windows that are plain text in short pieces of at most REPLAY_TOKENS, each from position 0, whose loss
     is the divergence from the original model: they hold short prompts where they were, whatever the text is.
+    questions: 0 trains on windows. Otherwise a step reads seq_len real tokens once, without gradient and by the policy
+    `prefix_attention`, and trains on so many questions about facts in them, batch_size in an update; replay_share is
+    then the weight of eight pieces of REPLAY_TOKENS beside them, and the settings of windows have no meaning.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +48,8 @@ class Stage(BaseModel):
     contiguous_share: float = Field(0.3, ge=0.3, le=1.0)
     retrieval_share: float = Field(0.5, ge=0.0, le=1.0)
     replay_share: float = Field(0.0, ge=0.0, le=1.0)
+    questions: int = Field(0, ge=0)
+    prefix_attention: Literal["dense", "hybrid"] = "hybrid"
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
@@ -55,7 +61,7 @@ class Stage(BaseModel):
 
     @property
     def rows(self) -> int:
-        return self.steps * self.accumulate * self.batch_size
+        return self.steps * (1 if self.questions else self.accumulate * self.batch_size)
 
 
 class ExtendConfig(Stage):

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lcconvert.convert.extend_config import REPLAY_TOKENS, ExtendConfig, Stage
+from lcconvert.convert.extend_config import REPLAY_ROW, REPLAY_TOKENS, ExtendConfig, Stage
 from lcconvert.convert.loss import TILE_ROWS
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.rope import RopeSpec
 from lcconvert.runtime.spec import ModelSpec
 from lcconvert.runtime.units import format_bytes, format_count
 
+_READ_DENSITY = 0.05  # share of a text's attention that block-sparse reading computes
+_QUESTION_TOKENS = 64  # a question in its chat frame and the answer
 _GRAIN = 1024  # the longest length that fits is named to this many tokens
 
 
@@ -50,7 +52,9 @@ class Cost:
     card: Card
 
     def step_seconds(self, stage: Stage) -> float:
-        """One optimizer step."""
+        """One optimizer step, or one text and all updates about it."""
+        if stage.questions:
+            return self._reading_seconds(stage)
         spec, length = self.spec, stage.seq_len
         recomputed = self.config.gradient_checkpointing
         weights, forwards = spec.parameters(), 4.5 if recomputed else 3.5
@@ -66,14 +70,29 @@ class Cost:
         row += stage.replay_share * seconds(trained + 2, forwards + 1, min(REPLAY_TOKENS, length))  # and the teacher
         return row * stage.batch_size * stage.accumulate
 
+    def _reading_seconds(self, stage: Stage) -> float:
+        """The text is one forward pass, of whose attention the hybrid policy computes a share; every question attends
+        to all of it, forward and backward (2.5 forwards, of which two products serve gradients nobody wants)."""
+        spec, length = self.spec, stage.seq_len
+        density = 1.0 if stage.prefix_attention == "dense" else min(1.0, _READ_DENSITY)
+        attention = 2 * spec.q_size * spec.num_layers / self.card.attention  # seconds a query and key, causal
+        reading = 2 * spec.parameters() * length / self.card.linear + density * attention * length**2
+        asking = stage.questions * _QUESTION_TOKENS * length * 2 * 3.5 * attention
+        replayed = -(-stage.questions // stage.batch_size) * REPLAY_ROW * bool(stage.replay_share)
+        return reading + asking + 10 * spec.parameters() * replayed / self.card.linear
+
     def peak_bytes(self, stage: Stage) -> int:
         """Weights, gradients and both moments in float32, then what the worst moment of a backward pass holds."""
-        spec, tokens = self.spec, stage.batch_size * stage.seq_len
+        spec, tokens = self.spec, stage.batch_size * (_QUESTION_TOKENS if stage.questions else stage.seq_len)
+        if stage.questions and stage.replay_share:
+            tokens += REPLAY_ROW
         size = 4 if self.config.dtype == "float32" else 2
         held = spec.parameters() * (4 + (size if size == 2 else 0))  # autocast keeps the weights in 16 bit too
         held += 12 * self.trained_weights()
         if any(each.replay_share for each in self.config.plan):
             held += spec.parameters() * 2
+        if stage.questions:  # keys and values of the text, its hidden states, and gradients of one layer's keys
+            held += stage.seq_len * (2 * size * spec.kv_size * (spec.num_layers + 1) + 4 * spec.hidden_size)
         narrow = 2 * spec.hidden_size * (4 + size)  # the two norms: input in float32, output
         inside = narrow + size * (3 * spec.q_size + 2 * spec.kv_size)  # of a token and layer, all but the MLP
         wide = 4 * size * spec.intermediate_size
@@ -164,7 +183,8 @@ def render(cost: Cost, rope: RopeSpec) -> str:
     lines += ["", f"{'stage':>5} {'steps':>6} {'tokens a step':>16} {'s a step':>9} {'seconds':>8} {'peak':>8}"]
     for number, stage in enumerate(config.plan, start=1):
         each = cost.step_seconds(stage)
-        shape = f"{stage.batch_size * stage.accumulate} x {format_count(stage.seq_len)}"
+        rows = f"{stage.questions} on" if stage.questions else f"{stage.batch_size * stage.accumulate} x"
+        shape = f"{rows} {format_count(stage.seq_len)}"
         lines.append(
             f"{number:>5} {stage.steps:>6} {shape:>16} {each:>9.2f} {each * stage.steps:>8.0f} "
             f"{format_bytes(cost.peak_bytes(stage)):>8}"

@@ -11,6 +11,7 @@ topics are this file's own, and the surrounding text is the user's training data
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -89,16 +90,26 @@ class Sample:
     borders: list[int]
 
 
-def make_puzzle(facts: int, rng: random.Random) -> Puzzle:
-    """A puzzle of a random family with about `facts` facts (>= 1)."""
+@dataclass(frozen=True)
+class Reading:
+    """A long text with facts, ids [S], and questions about them, each by itself: token ids and whether each is part of
+    the answer."""
+
+    ids: list[int]
+    questions: list[tuple[list[int], list[bool]]]
+
+
+def make_puzzle(facts: int, rng: random.Random, keys: Sequence[str] = ()) -> Puzzle:
+    """A puzzle of a random family with about `facts` facts (>= 1), about `keys` or any of the training half."""
     (family,) = rng.choices(list(_FAMILIES), weights=list(_FAMILIES.values()))
+    keys = keys or key_names("train")
     if family == "chain" and facts >= 2:
-        return _chain(facts, rng)
+        return _chain(facts, rng, keys)
     fact, ask_one, ask_many, ask_all, answer = rng.choice(_TOPICS)
     if family == "one fact":
         facts = 1
     repeats = rng.randint(2, 4) if family == "all values" and facts >= 2 else 1
-    keys = rng.sample(key_names("train"), max(1, facts // repeats))
+    keys = rng.sample(keys, max(1, facts // repeats))
     planted = list(zip([key for key in keys for _ in range(repeats)], _numbers(len(keys) * repeats, rng)))
     rng.shuffle(planted)
     values = {key: [value for other, value in planted if other == key] for key in keys}  # in the text's order
@@ -121,11 +132,22 @@ def make_puzzle(facts: int, rng: random.Random) -> Puzzle:
     return Puzzle(rng.choice(_INTROS), tuple(fact.format(key=key, value=value) for key, value in planted), tuple(turns))
 
 
-def _chain(facts: int, rng: random.Random) -> Puzzle:
+def lone_facts(keys: Sequence[str], values: Sequence[str]) -> list[tuple[str, str]]:
+    """A fact and the question about it for each key, topics in turn: what a validator asks in the training wording."""
+    topics = [_TOPICS[i % len(_TOPICS)] for i in range(len(keys))]
+    return [(topic[0].format(key=k, value=v), topic[1].format(key=k)) for topic, k, v in zip(topics, keys, values)]
+
+
+def lone_intro(rng: random.Random) -> str:
+    """What stands before the text that `lone_facts` are planted in."""
+    return rng.choice(_INTROS)
+
+
+def _chain(facts: int, rng: random.Random, keys: Sequence[str]) -> Puzzle:
     kind = rng.randrange(len(_CHAIN))
     first, follow = _CHAIN[kind]
     chains = max(1, facts // 4)
-    names = rng.sample(key_names("train"), facts)
+    names = rng.sample(keys, facts)
     stories = [names[i::chains] for i in range(chains)]
     values = _numbers(len(stories), rng)
     planted = []
@@ -190,6 +212,47 @@ def retrieval_sample(tokenizer: Tokenizer, corpus: Corpus, *, start: int, length
         ids += turn
         answers += [is_answer] * len(turn)
     return Sample(ids, answers, sorted({border for border in borders if border < length}))
+
+
+def retrieval_reading(
+    tokenizer: Tokenizer, corpus: Corpus, *, start: int, length: int, questions: int, rng: random.Random
+) -> Reading:
+    """Exactly `length` tokens: corpus text from offset `start` in which the facts of many puzzles are scattered, and
+    `questions` of their questions, or as many as the text has room for.
+
+    No two puzzles share a key. The text opens a conversation, and each question ends it with its answer.
+    """
+    names = list(key_names("train"))
+    rng.shuffle(names)
+    facts: list[tuple[float, list[int]]] = []  # place as a share of the text, tokens
+    asked: list[tuple[str, str]] = []
+    used = 0
+    while len(asked) < questions and names:
+        size = min(len(names), rng.choice((4, 8, 16, 32)))
+        puzzle = make_puzzle(size, rng, [names.pop() for _ in range(size)])
+        planted = [tokenizer.encode(f"{fact}\n\n") for fact in puzzle.facts]
+        used += sum(map(len, planted))
+        if used > length // 2 and asked:
+            break
+        facts += zip(sorted(rng.random() for _ in planted), planted)  # a chain's links stay in order
+        asked += puzzle.turns
+    head, _ = _frame(tokenizer, Puzzle(rng.choice(_INTROS), (), (asked[0],)))
+    facts.sort(key=lambda fact: fact[0])
+    room = length - len(head) - sum(len(ids) for _, ids in facts)
+    text, cuts = corpus.window(start, room)
+    cuts = cuts or [0]
+    ids, done = list(head), 0
+    for share, fact in facts:
+        place = cuts[min(bisect_left(cuts, share * room), len(cuts) - 1)]
+        ids += text[done:place] + fact
+        done = place
+    ids += text[done:]
+    rng.shuffle(asked)
+    turns = [_frame(tokenizer, Puzzle("", (), (turn,)))[1] for turn in asked[:questions]]
+    return Reading(
+        ids,
+        [(question + answer, [False] * len(question) + [True] * len(answer)) for (question, _), (answer, _) in turns],
+    )
 
 
 def _frame(tokenizer: Tokenizer, puzzle: Puzzle) -> tuple[list[int], list[tuple[list[int], bool]]]:

@@ -15,14 +15,16 @@ import torch
 from torch.utils.data import Dataset
 
 from lcconvert.convert.corpus import Corpus
-from lcconvert.convert.extend_config import Stage
+from lcconvert.convert.extend_config import REPLAY_ROW, Stage
 from lcconvert.convert.pose import pose_positions
-from lcconvert.convert.retrieval import retrieval_sample
+from lcconvert.convert.retrieval import retrieval_reading, retrieval_sample
 from lcconvert.runtime.tokenizer import Tokenizer
 
 _BLOCK = 10
 
 Row = dict[str, torch.Tensor]
+
+_QUESTION = 512  # tokens that a question and its answer may take after a text that is read once
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,33 @@ class StageRows(Dataset[Row]):
         replay = torch.tensor(kind == "replay")
         return {"ids": torch.tensor(ids), "positions": positions, "weights": counted / counted.sum(), "replay": replay}
 
+    def reading(self, step: int) -> tuple[torch.Tensor, list[Row]]:
+        """For step `step` of a stage with questions: the ids of the text [S], and for every update a batch of rows, one
+        a question, padded at the right; their positions follow the text's and are not given."""
+        stage, row = self.stage, self.first_row + step
+        rng = random.Random(f"reading/{self.seed}/{row}")
+        reading = retrieval_reading(
+            self.tokenizer,
+            self.corpus,
+            start=self.first_token + step * stage.seq_len,
+            length=stage.seq_len - _QUESTION,
+            questions=stage.questions,
+            rng=rng,
+        )
+        asked = [turn for turn in reading.questions if len(turn[0]) <= _QUESTION]
+        updates = [asked[i : i + stage.batch_size] for i in range(0, len(asked), stage.batch_size)]
+        return torch.tensor(reading.ids), [_padded(update) for update in updates]
+
+    def replay(self, step: int, update: int) -> Row:
+        """The row of text that is compared with the teacher at an update of `reading(step)`."""
+        start = self.first_token + step * self.stage.seq_len + update * REPLAY_ROW
+        ids = torch.tensor(self.corpus.window(start, REPLAY_ROW)[0])[None]
+        nothing = torch.zeros(ids.shape)
+        return {"ids": ids, "positions": ids, "weights": nothing, "replay": torch.tensor([True])}
+
     def origins(self, step: int) -> list[str]:
         """The documents that the text of optimizer step `step` of this stage (from 0) was taken from."""
-        tokens = self.stage.seq_len * self.stage.accumulate * self.stage.batch_size
+        tokens = self.stage.seq_len * (self.stage.rows // self.stage.steps)
         return self.corpus.origins(self.first_token + step * tokens, tokens)
 
     def _kind(self, row: int) -> Literal["retrieval", "replay", "text"]:
@@ -80,6 +106,17 @@ class StageRows(Dataset[Row]):
         """The rank of `row` in its block of ten, in an order drawn for `what`."""
         block, place = divmod(row, _BLOCK)
         return random.Random(f"{what}/{self.seed}/{block}").sample(range(_BLOCK), _BLOCK)[place]
+
+
+def _padded(questions: list[tuple[list[int], list[bool]]]) -> Row:
+    length = max(len(ids) for ids, _ in questions)
+    ids = torch.zeros(len(questions), length, dtype=torch.int64)
+    weights = torch.zeros(len(questions), length)
+    for i, (tokens, answers) in enumerate(questions):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        weights[i, : len(tokens)] = torch.tensor(answers, dtype=torch.float32)
+    weights /= weights.sum(1, keepdim=True)
+    return {"ids": ids, "positions": ids, "weights": weights, "replay": torch.zeros(len(ids), dtype=torch.bool)}
 
 
 def _of_block(share: float) -> int:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -32,11 +33,13 @@ from lcconvert.convert.corpus import Corpus
 from lcconvert.convert.extend_config import REPLAY_TOKENS, ExtendConfig, Stage
 from lcconvert.convert.lora import add_lora, merge_lora
 from lcconvert.convert.loss import weighted_cross_entropy, weighted_divergence
+from lcconvert.convert.prefix_tuning import Prefix, hidden_after, read_prefix
 from lcconvert.convert.progress import progress
 from lcconvert.convert.rows import StageRows
 from lcconvert.convert.training_log import TrainingLog
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
 from lcconvert.runtime.model import Decoder
+from lcconvert.runtime.sidecar import AttentionPolicy
 from lcconvert.runtime.tokenizer import Tokenizer
 
 STATE = "training_state"  # in the work folder; gone from the finished artifact
@@ -55,16 +58,25 @@ class LossModule(nn.Module):
         self._teacher = (teacher,)  # in a tuple, so that its weights are neither trained nor saved
 
     def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor, replay: torch.Tensor
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        weights: torch.Tensor,
+        replay: torch.Tensor,
+        prefix: Prefix | None = None,
     ) -> torch.Tensor:
         """ids and positions int64 [B, T], weights fp32 [B, T] over the tokens to predict, replay bool [B] -> mean loss.
 
-        The loss of a replayed row is its mean divergence from the teacher, in nats.
+        The loss of a replayed row is its mean divergence from the teacher, in nats. With `prefix`, other rows go on
+        after it, each by itself, and their positions are not read.
         """
         parts = []
         if not replay.all():
             kept = ~replay
-            hidden = self.decoder(ids[kept], positions[kept], checkpoint_layers=self.checkpoint_layers)[:, :-1]
+            if prefix is None:
+                hidden = self.decoder(ids[kept], positions[kept], checkpoint_layers=self.checkpoint_layers)[:, :-1]
+            else:
+                hidden = hidden_after(self.decoder, prefix, ids[kept])[:, :-1]
             targets, counted = ids[kept, 1:], weights[kept, 1:] / len(ids)  # [B, T-1]
             parts.append(
                 weighted_cross_entropy(
@@ -132,7 +144,8 @@ def train(
         for number, stage in enumerate(config.plan):
             rows = StageRows(stage, corpus, tokenizer, config.context, config.seed, first_row, first_token)
             step = max(done, first_step)
-            for result in _stage_steps(accelerator, model, optimizer, rows, config.clip_norm, step - first_step):
+            steps = _reading_steps if stage.questions else _stage_steps
+            for result in steps(accelerator, model, optimizer, rows, config.clip_norm, step - first_step):
                 if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                     raise CheckFailed(_not_finite(step + 1, folder, rows.origins(step - first_step)))
                 step += 1
@@ -208,6 +221,49 @@ def _stage_steps(
         yield result
         step += 1
         losses = []
+
+
+def _reading_steps(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: StageRows,
+    clip_norm: float,
+    done: int,
+) -> Iterator[StepResult]:
+    """Like `_stage_steps` for a stage with questions: a step is one text and as many updates as its questions fill.
+
+    Its loss is the mean over updates, each measured before the weights have met its questions.
+    """
+    stage = rows.stage
+    decoder = accelerator.unwrap_model(model).decoder
+    device = decoder.head_weight.device
+    policy = AttentionPolicy(kind=stage.prefix_attention)
+    accelerator.gradient_accumulation_steps = 1
+    for step in range(done, stage.steps):
+        text, updates = rows.reading(step)
+        with accelerator.autocast():
+            compute = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+            prefix = read_prefix(decoder, text.to(device), policy, compute)
+        lr = learning_rate(stage, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        losses, norms = [], []
+        for number, batch in enumerate(updates):
+            loss = model(**send_to_device(batch, device), prefix=prefix)
+            losses.append(loss.item())
+            accelerator.backward(loss)
+            if stage.replay_share:
+                held = model(**send_to_device(rows.replay(step, number), device))
+                accelerator.backward(stage.replay_share * held)
+            norms.append(accelerator.clip_grad_norm_(model.parameters(), clip_norm).item())
+            if not (math.isfinite(losses[-1]) and math.isfinite(norms[-1])):
+                yield StepResult(losses[-1], lr, norms[-1])
+                return
+            optimizer.step()
+            optimizer.zero_grad()
+        del prefix  # before the next one is read: each may be half of the memory
+        yield StepResult(sum(losses) / len(losses), lr, max(norms))
 
 
 def learning_rate(stage: Stage, step: int) -> float:

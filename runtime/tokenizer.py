@@ -88,6 +88,10 @@ class Tokenizer:
             return before + self._backend.encode(text, add_special_tokens=False).ids + after
         return self._backend.encode(text, add_special_tokens=add_special).ids
 
+    def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode(text)` of every text, on all cores."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
