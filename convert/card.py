@@ -20,6 +20,11 @@ from lcconvert.runtime.units import format_bytes, format_count
 MARK = "<!-- written by lcconvert push; delete this line to keep your own edits -->"
 EVAL_RESULTS = ".eval_results/lcconvert.yaml"
 _RELATION = {"extended": "finetune", "pro": "quantized", "flash": "quantized"}
+_NEEDLES = {  # dataset and title by wording
+    "heldout": ("lcconvert-needles", "Needles"),
+    "training": ("lcconvert-needles-training", "Needles in the wording of training"),
+    "multikey": ("lcconvert-needles-multikey", "Needles among four similar ones"),
+}
 _WEIGHTS = {
     "pro": "fp8 (e4m3) weights with one scale per output channel",
     "flash": "int4 weights with one scale per group of inputs",
@@ -114,12 +119,12 @@ class _Figure:
 
 def _figures(report: Report) -> Iterator[_Figure]:
     """Needles per length, perplexity per context, agreement with the reference."""
-    for at in report.needles.by_length if report.needles else []:
-        if at.state == "measured" and at.n:
-            name = f"Needles at {format_count(at.length)} tokens"
-            yield _Figure(
-                "lcconvert-needles", at.length, name, "accuracy", "Found (strict)", round(at.strict / at.n, 6)
-            )
+    for needles in report.needles:
+        dataset, title = _NEEDLES[needles.wording]
+        for at in needles.by_length:
+            if at.state == "measured" and at.n:
+                name, found = f"{title} at {format_count(at.length)} tokens", round(at.strict / at.n, 6)
+                yield _Figure(dataset, at.length, name, "accuracy", "Found (strict)", found)
     if (perplexity := report.perplexity) is not None:
         for point in perplexity.by_context:
             if point.ppl is not None:
@@ -172,8 +177,7 @@ def _measured(facts: CardFacts) -> str:
         f"Weights on disk: {format_bytes(report.artifact.bytes)}; KV cache: "
         f"{format_bytes(report.kv_bytes_per_token)} per token.",
     ]
-    if report.needles is not None:
-        parts.append(_needles(report.needles))
+    parts += [_needles(needles) for needles in report.needles]
     if report.perplexity is not None:
         parts.append(_perplexity(report.perplexity))
     if (agreement := report.agreement) is not None:
@@ -217,7 +221,8 @@ def _needles(needles: Needles) -> str:
     ]
     control = needles.control
     return (
-        f"Needles (a number hidden in a long text, {len(needles.depths)} depths, asked as {needles.prompt}):\n\n"
+        f"{_NEEDLES[needles.wording][1]} (a number hidden in a long text, {len(needles.depths)} depths, asked as "
+        f"{needles.prompt}):\n\n"
         + _table(["context", "found", "95% interval"], rows)
         + f"\n\nAsked {control.n} times about a key that is not in the text, it stayed silent {control.silent} times."
     )

@@ -19,17 +19,18 @@ KEEP = 0.85
 SHORT_BAR = 0.5
 
 
-def context_claim(needles: Needles | None) -> Claim:
-    """The validated length, by the strict rule, with the words that say what it means."""
+def context_claim(sections: list[Needles]) -> Claim:
+    """The validated length, by the strict rule and the first of `sections`, with the words that say what it means."""
     rule = (
         f"every tested length up to it finds at least {KEEP:.0%} of the needles found at the shortest one, "
         f"where at least {SHORT_BAR:.0%} are found"
     )
-    measured = [row for row in needles.by_length if row.n] if needles is not None else []
-    if needles is None or not measured or measured[0] != needles.by_length[0]:
+    rows = sections[0].by_length if sections else []
+    measured = [row for row in rows if row.n]
+    if not measured or measured[0] != rows[0]:
         return Claim(validated=None, short_length=None, short_score=None, rule=rule)
     short = measured[0].strict / measured[0].n
-    validated = longest_kept([(row.length, row.strict, row.n) for row in needles.by_length])
+    validated = longest_kept([(row.length, row.strict, row.n) for row in rows])
     return Claim(validated=validated, short_length=measured[0].length, short_score=short, rule=rule)
 
 
@@ -46,12 +47,12 @@ def longest_kept(rows: list[tuple[int, int, int]]) -> int | None:
     return kept
 
 
-def checks(bars: Thresholds, needles: Needles | None, agreement: Agreement | None) -> list[Check]:
+def checks(bars: Thresholds, needles: list[Needles], agreement: Agreement | None) -> list[Check]:
     """One row per bar that is set; what could not be measured does not pass."""
     rows = []
     if bars.needles_min is not None:
         # a length that ran out of memory or time is a length at which nothing was found
-        lengths = needles.by_length if needles is not None else []
+        lengths = needles[0].by_length if needles else []
         worst = min((row.strict / row.n if row.n else 0.0 for row in lengths), default=None)
         passed = worst is not None and worst >= bars.needles_min
         rows.append(Check(name="needles_min", limit=bars.needles_min, value=worst, passed=passed))

@@ -332,7 +332,9 @@ def generate_command(src: str, **options: Any) -> None:
 @click.option("--against-attention", help="The reference's policy instead of its own.")
 @click.option("--agreement-tokens", type=SIZE, help="Tokens of the comparison; default: 2k.")
 @click.option("--lengths", help="Contexts of needles and tasks, comma-separated.")
-@click.option("--depths", help="Needle depths from 0 to 1, comma-separated.")
+@click.option("--depths", help="Needle depths from 0 to 1, comma-separated; 20: so many even ones.")
+@click.option("--wordings", help="heldout, multikey (four near distractors), training; comma-separated.")
+@click.option("--max-new-tokens", type=int, help="Output reserved and allowed per needle; default: 24.")
 @click.option("--samples", type=int, help="Needle haystacks per length; 0 asks no needles.")
 @click.option("--protocol", help="shared (one prefill per length) or single (one per needle).")
 @click.option("--haystack", help="Text to hide needles in; default: a bundled public-domain book.")
@@ -353,14 +355,17 @@ def validate_command(src: str, out: Path | None, **options: Any) -> None:
     from lcconvert.convert.settings import make_config
     from lcconvert.convert.validate_config import ValidateConfig
 
-    lists = {name: tuple(options[name].split(",")) for name in ("lengths", "depths", "tasks") if options[name]}
+    listed = ("lengths", "depths", "wordings", "tasks")
+    lists = {name: tuple(options[name].split(",")) for name in listed if options[name]}
     config = make_config(ValidateConfig, options | lists, "validate")
-    from lcconvert.convert.compare import comparison_table, render_table, render_tasks
+    from lcconvert.convert.compare import comparison_table, render_needles, render_table, render_tasks
     from lcconvert.convert.validate import validate
 
     report = validate(src, out, config)
     if config.endpoint is None:
         click.echo(render_table(comparison_table({src: report})))
+    if len(report["needles"]) > 1:
+        click.echo(render_needles(report))
     if report["tasks"] is not None:
         click.echo(render_tasks(report))
 

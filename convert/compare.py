@@ -19,16 +19,16 @@ _COST = ("length", "prefill_seconds", "decode_tokens_per_second", "peak_bytes")
 def comparison_table(reports: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per labelled report (a dict of the schema results.Report), in the given order.
 
-    Keys: checkpoint, perplexity_2k (plain, one forward), found and asked (strict, all lengths), by_length (a list of
-    {length, found, asked}), cost (a list of {length, prefill_seconds, decode_tokens_per_second, peak_bytes}), validated
-    (tokens), bytes_on_disk, kv_bytes_per_token (formula).
+    Keys: checkpoint, perplexity_2k (plain, one forward), found and asked (strict, all lengths, first wording),
+    by_length (a list of {length, found, asked}), cost (a list of {length, prefill_seconds, decode_tokens_per_second,
+    peak_bytes}), validated (tokens), bytes_on_disk, kv_bytes_per_token (formula).
     """
     return [_row(label, Report.model_validate(report)) for label, report in reports.items()]
 
 
 def _row(label: str, report: Report) -> dict[str, Any]:
     plain = report.perplexity.plain if report.perplexity else None
-    measured = [row for row in report.needles.by_length if row.n] if report.needles else []
+    measured = [row for row in report.needles[0].by_length if row.n] if report.needles else []
     return {
         "checkpoint": label,
         "perplexity_2k": plain.ppl if plain and plain.context == _WINDOW else None,
@@ -78,6 +78,18 @@ def render_costs(rows: list[dict[str, Any]]) -> str:
                     "-" if cost["peak_bytes"] is None else format_bytes(cost["peak_bytes"]),
                 ]
             )
+    return _aligned(lines)
+
+
+def render_needles(report: dict[str, Any]) -> str:
+    """Aligned plain text, a line per wording: found of asked with the 95% interval at every length."""
+    sections = Report.model_validate(report).needles
+    lines = [["needles", *(f"at {format_count(row.length)}" for row in sections[0].by_length)]]
+    for needles in sections:
+        found = (
+            f"{row.strict}/{row.n} ({row.low:.0%}-{row.high:.0%})" if row.n else row.state for row in needles.by_length
+        )
+        lines.append([needles.wording, *found])
     return _aligned(lines)
 
 

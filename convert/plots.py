@@ -15,26 +15,33 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lcconvert.convert.results import NeedleCell, Report
+from lcconvert.convert.results import NeedleCell, Needles, Report
 from lcconvert.runtime.units import format_count
 
 # lost -> found; ends differ in lightness too, so that they stay apart in grey and for the colour-blind
 _COLOURS = LinearSegmentedColormap.from_list("found", ["#b3372b", "#f3d38a", "#2f7f6f"])
 _BLANK = "#e4e4e4"
 _INK = "#222222"
+_WORDING = {"heldout": "", "training": ", training wording", "multikey": ", four near distractors"}
 _FEW = 5  # answers below which a cell is only an anecdote
 
 
 def needles_png(report: Report) -> bytes:
-    """Depth x length heatmap: share found by the strict rule, found/asked in each cell, the native window as a line."""
-    assert report.needles is not None
-    lengths = [row.length for row in report.needles.by_length]
-    depths = report.needles.depths
+    """Depth x length heatmaps, one a wording: share found by the strict rule, found/asked in each cell, the native
+    window as a line."""
+    lengths, depths = [row.length for row in report.needles[0].by_length], report.needles[0].depths
+    height = max(3.6, 0.5 * min(len(depths), 12) + 1.9)
+    size = (max(6.4, 1.15 * len(lengths) + 2.4), height * len(report.needles))
+    figure = Figure(figsize=size, dpi=120)
+    for axes, needles in zip(figure.subplots(len(report.needles), squeeze=False)[:, 0], report.needles):
+        _heatmap(axes, needles, report, lengths, depths)
+    return _png(figure)
+
+
+def _heatmap(axes: Axes, needles: Needles, report: Report, lengths: list[int], depths: list[float]) -> None:
     centres = [math.log2(n) for n in lengths]
     x, y = _edges(centres, 0.5), _edges(list(depths), 0.1)
-    figure = Figure(figsize=(max(6.4, 1.15 * len(lengths) + 2.4), max(3.6, 0.5 * len(depths) + 1.9)), dpi=120)
-    axes = figure.add_subplot()
-    for cell in report.needles.cells:
+    for cell in needles.cells:
         column, row = lengths.index(cell.length), depths.index(cell.depth)
         left, bottom = x[column], y[row]
         width, height = x[column + 1] - left, y[row + 1] - bottom
@@ -43,22 +50,24 @@ def needles_png(report: Report) -> bytes:
         hatch = "///" if blank else None
         axes.add_patch(_rectangle(left, bottom, width, height, colour, hatch))
         axes.text(
-            centres[column], bottom + height / 2, _label(cell), ha="center", va="center", fontsize=9, color=_ink(cell)
-        )
+            centres[column], bottom + height / 2, _label(cell), ha="center", va="center",
+            fontsize=9 if len(depths) <= 12 else 6, color=_ink(cell),
+        )  # fmt: skip
     axes.set_xlim(x[0], x[-1])
     axes.set_ylim(y[-1], y[0])
     axes.set_xticks(centres, [format_count(n) for n in lengths])
-    axes.set_yticks(list(depths), [f"{depth:.0%}" for depth in depths])
+    shown = depths if len(depths) <= 12 else depths[::2]
+    axes.set_yticks(list(shown), [f"{depth:.3g}%" for depth in (100 * depth for depth in shown)])
     axes.set_xlabel("context length, tokens (answer included)")
     axes.set_ylabel("depth of the needle")
     native = report.artifact.native_context
     # a column of exactly the native window lies inside it, so the line goes to its far side
     at = x[lengths.index(native) + 1] if native in lengths else math.log2(native)
     _native_line(axes, report, at, (x[0], x[-1]))
-    few = min((cell.n for cell in report.needles.cells if cell.n), default=0) < _FEW
+    few = min((cell.n for cell in needles.cells if cell.n), default=0) < _FEW
     note = f"found / asked in each cell{'; fewer than 5 answers a cell are an indication, not a rate' if few else ''}"
-    _title(axes, f"Needles found: {report.artifact.variant} ({report.needles.protocol} haystack)", note)
-    return _png(figure)
+    title = f"Needles found: {report.artifact.variant} ({needles.protocol} haystack{_WORDING[needles.wording]})"
+    _title(axes, title, note)
 
 
 def perplexity_png(report: Report) -> bytes:

@@ -29,7 +29,7 @@ def prompt_mode(tokenizer: Tokenizer) -> str:
 def prompt_text(tokenizer: Tokenizer, content: str, prefix: str) -> str:
     if tokenizer.has_chat_template:
         return tokenizer.chat([{"role": "user", "content": content}]) + prefix
-    return f"{content}\n\n{prefix}"
+    return f"{content}\n\n{prefix}" if prefix else content
 
 
 def prompt_ids(tokenizer: Tokenizer, content: str, prefix: str) -> list[int]:
@@ -44,9 +44,9 @@ def prompt_ids(tokenizer: Tokenizer, content: str, prefix: str) -> list[int]:
 
 
 def split_prompt(
-    tokenizer: Tokenizer, stem: str, ids: list[int], endings: Sequence[Ending]
+    tokenizer: Tokenizer, stem: str, ids: list[int], endings: Sequence[Ending], known: int = 0
 ) -> tuple[list[int], list[list[int]]]:
-    """The common context and the tail of each question on `stem`; `ids` is the prompt of the first ending.
+    """The common context and the tail of each question on `stem`; `ids` is the prompt of ending `known`.
 
     The cut lies after the newlines before the question.
     """
@@ -54,10 +54,13 @@ def split_prompt(
     texts = [prompt_text(tokenizer, content, ending.prefix) for content, ending in zip(contents, endings)]
     marks = [ending.question.lstrip("\n") for ending in endings]
     tails = [tokenizer.encode(text[text.rindex(mark) :]) for text, mark in zip(texts, marks)]
-    if ids[len(ids) - len(tails[0]) :] == tails[0]:
-        return ids[: len(ids) - len(tails[0])], tails
+    if ids[len(ids) - len(tails[known]) :] == tails[known]:
+        return ids[: len(ids) - len(tails[known])], tails
     # a vocabulary that does not split there: encode every prompt whole and cut where they first differ
-    wholes = [ids, *(prompt_ids(tokenizer, c, ending.prefix) for c, ending in zip(contents[1:], endings[1:]))]
+    wholes = [
+        ids if i == known else prompt_ids(tokenizer, content, ending.prefix)
+        for i, (content, ending) in enumerate(zip(contents, endings))
+    ]
     common = 0
     while all(len(w) > common + 1 for w in wholes) and len({w[common] for w in wholes}) == 1:
         common += 1

@@ -192,7 +192,7 @@ def _matching_report(src: Path, sidecar: Sidecar, hashes: dict[str, str]) -> Rep
             f"{found[:12]}; run `lcconvert validate` again or remove the validation folder"
         )
     measured = report.claim.validated
-    longest = max((row.length for row in report.needles.by_length), default=0) if report.needles else 0
+    longest = max((row.length for needles in report.needles for row in needles.by_length), default=0)
     # a later run over short lengths only does not take back a longer claim, see write_claim
     kept = claimed is not None and measured == longest and claimed > longest
     if report.needles and claimed != measured and not kept:

@@ -32,7 +32,7 @@ def write_report(report: Report, out: Path) -> None:
 def render(report: Report) -> dict[str, bytes]:
     """The pictures and the page by file name; a section that was not measured has no picture."""
     files: dict[str, bytes] = {}
-    if report.needles is not None:
+    if report.needles:
         files[NEEDLES_PNG] = needles_png(report)
     if report.perplexity is not None:
         files[PERPLEXITY_PNG] = perplexity_png(report)

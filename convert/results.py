@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lcconvert.convert.validate_config import Wording
 from lcconvert.runtime.errors import UserError
 
 REPORT = "report.json"
@@ -95,9 +96,12 @@ class Control(_Row):
 
 
 class Needles(_Row):
+    """One wording (needle_wordings.py). Shared haystacks hold the needles of "heldout" and "multikey" together."""
+
+    wording: Wording
+    version: str  # of the templates, part of every sample's key
     protocol: Literal["shared", "single"]
     prompt: Literal["chat", "completion"]
-    wording: str  # version of the templates, part of every sample's key
     depths: list[float]
     samples: int
     max_new_tokens: int
@@ -250,14 +254,14 @@ class Check(_Row):
 
 
 class Report(_Row):
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     created: str  # ISO 8601, UTC
     seconds: float
     artifact: Artifact
     setup: Setup
     config: dict[str, Any]
     haystack: Text
-    needles: Needles | None
+    needles: list[Needles] = Field(default_factory=list)  # by wording; the claim rests on the first
     tasks: Tasks | None = None
     perplexity: Perplexity | None
     agreement: Agreement | None

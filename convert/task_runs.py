@@ -56,7 +56,7 @@ class InProcess:
             synchronize(self.engine.device)
 
             def asking(i: int, references: list[str], kind: Kind, max_new_tokens: int) -> Answer:
-                return ask(self.engine, seq, prompt.tails[i], references, max_new_tokens, kind)
+                return ask(self.engine, seq, [prompt.tails[i]], [references], max_new_tokens, kind)[0]
 
             yield asking
         finally:

@@ -32,7 +32,7 @@ from lcconvert.convert.perplexity import run_perplexity, windows
 from lcconvert.convert.progress import progress
 from lcconvert.convert.provenance import public_name
 from lcconvert.convert.report import PAGE_FILES, write_report
-from lcconvert.convert.results import Agreement, Artifact, Check, Cost, Report, Setup, Text
+from lcconvert.convert.results import Agreement, Artifact, Check, Cost, Needles, Report, Setup, Text
 from lcconvert.convert.samples import LOG, SampleLog, sample_key
 from lcconvert.convert.task_runs import InProcess, TaskPlan, run_tasks, tally_tasks
 from lcconvert.convert.tasks import Counter
@@ -68,11 +68,14 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
     folder = Path(src) if Path(src).is_dir() else None
     out = _output_folder(src, folder, out)
     plan = NeedlePlan(
-        config.lengths, config.depths, config.samples, config.protocol, config.max_new_tokens, config.seed
-    )
+        config.lengths, config.depths, config.samples, config.protocol, config.max_new_tokens, config.seed,
+        config.wordings,
+    )  # fmt: skip
     bank = SentenceBank(haystack, subject.tokenizer)
-    if config.asks_needles:  # both raise UserError for a text or a length that is too short
-        prompt_of(contexts(plan, subject.tokenizer, 0, config.lengths[0])[0], plan, subject.tokenizer, bank)
+    planned = contexts(plan, subject.tokenizer) if config.asks_needles else []
+    for context in planned:  # these raise UserError for a text or a length that is too short
+        if context.length == config.lengths[0] and context.sample == 0:
+            prompt_of(context, plan, subject.tokenizer, bank)
     if tokens := max(config.perplexity_context or 0, config.agreement_tokens if reference else 0):
         text.excerpt(subject.tokenizer, tokens, "the measurement")
     base = subject.key_parts(haystack)
@@ -81,7 +84,7 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
     counter, questions = Counter(subject.tokenizer), _questions(config, haystack)
     questions.check(counter, 0)
     steps = len(windows(config.perplexity_context)) if config.perplexity_context else 0
-    steps += len(config.lengths) * config.samples * (len(config.depths) + 1) + (3 if reference else 0)
+    steps += sum(len(context.puzzle.questions) for context in planned) + (3 if reference else 0)
     steps += len(list(questions.cases()))
     deadline = started + config.max_seconds if config.max_seconds else None
 
@@ -99,10 +102,11 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
             perplexity = run_perplexity(
                 engine, text, config.perplexity_context, config.perplexity_targets, base, log, bar.advance
             )
-        needles, cost, tasks = None, list[Cost](), None
-        if config.asks_needles:
-            oom = run_needles(engine, bank, plan, base, log, bar.advance, deadline)
-            needles, cost = tally(plan, engine, base, log, oom, text.sha256 if config.perplexity_context else None)
+        needles, cost, tasks = list[Needles](), list[Cost](), None
+        if planned:
+            oom = run_needles(engine, bank, plan, planned, base, log, bar.advance, deadline)
+            read = text.sha256 if config.perplexity_context else None
+            needles, cost = tally(plan, planned, engine.tokenizer, base, log, oom, read)
         if config.asks_tasks:
             oom = run_tasks(InProcess(engine), counter, questions, base, log, bar.advance, deadline)
             tasks = tally_tasks(questions, counter, base, log, oom)
@@ -162,14 +166,13 @@ def _validate_endpoint(
         ),
         config=_published(config),
         haystack=Text(name=haystack.name, sha256=haystack.sha256, characters=len(haystack.text)),
-        needles=None,
         tasks=tasks,
         perplexity=None,
         agreement=None,
         cost=[],
         kv_bytes_per_token=kv_bytes_per_token(subject.spec, subject.sidecar.kv.scheme),
-        claim=context_claim(None),
-        checks=checks(config.thresholds, None, None),
+        claim=context_claim([]),
+        checks=checks(config.thresholds, [], None),
     )  # fmt: skip
     return _finish(report, out)
 

@@ -6,7 +6,7 @@ Kept apart from the work so that `--help` and recipe checking do not import torc
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -18,7 +18,16 @@ TaskName = Literal[
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
     "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "kv", "code_defines", "code_callers",
 ]  # fmt: skip
+Wording = Literal["heldout", "training", "multikey"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _even_depths(value: Any) -> Any:
+    """A lone whole number above 1 stands for that many depths, each in the middle of its share of the text."""
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    if len(items) == 1 and str(items[0]).isdecimal() and (count := int(items[0])) > 1:
+        return tuple(round((i + 0.5) / count, 6) for i in range(count))
+    return items
 
 
 class Thresholds(BaseModel):
@@ -38,8 +47,10 @@ class Thresholds(BaseModel):
 
 class ValidateConfig(BaseModel):
     """lengths: contexts in tokens of needles and tasks, reserved output included; empty asks neither.
-    depths: 0 is right after the instruction, 1 right before the question. samples: needle haystacks per length; 0 asks
-    no needles.
+    depths: 0 is right after the instruction, 1 right before the question; 20 means twenty even ones. samples: needle
+    haystacks per length; 0 asks no needles.
+    wordings: "heldout" sentences, "multikey" (the same, each with four near distractors, in the same haystack), and
+    "training" (those of training, with keys it did not use, in a haystack of their own). The claim rests on the first.
     protocol: "shared" plants all depths in one haystack and prefills it once; "single" uses one haystack per needle.
     max_new_tokens: output reserved and allowed per answer.
     perplexity_context: the longest window; 512, 1K, 2K, ... below it are measured too; None measures no perplexity.
@@ -60,7 +71,8 @@ class ValidateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     lengths: tuple[Tokens, ...] = (1024, 2048, 4096)
-    depths: tuple[Share, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
+    depths: Annotated[tuple[Share, ...], BeforeValidator(_even_depths), Field(min_length=1)] = (0, 0.25, 0.5, 0.75, 1)
+    wordings: Annotated[tuple[Wording, ...], Field(min_length=1)] = ("heldout",)
     samples: int = Field(1, ge=0)
     protocol: Literal["shared", "single"] = "shared"
     max_new_tokens: int = Field(24, ge=8)
@@ -91,8 +103,9 @@ class ValidateConfig(BaseModel):
             values = getattr(self, name)
             if list(values) != sorted(set(values)):
                 raise UserError(f"{name} is {list(values)}, expected rising values without repetition; reorder them")
-        if len(set(self.tasks)) < len(self.tasks):
-            raise UserError(f"tasks is {list(self.tasks)}, expected each name once; remove the repetition")
+        for name in ("tasks", "wordings"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise UserError(f"{name} is {list(getattr(self, name))}, expected each once; remove the repetition")
         if self.tasks and not self.lengths:
             raise UserError(f"tasks is {list(self.tasks)} but lengths is empty; give lengths")
         if (code := [name for name in self.tasks if name.startswith("code_")]) and self.source_tree is None:

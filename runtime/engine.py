@@ -135,6 +135,7 @@ class Engine:
     def new_sequence(self) -> Sequence:
         return self.pool.new_sequence()
 
+    @torch.inference_mode()
     def fork(self, seq: Sequence) -> Sequence:
         """A second sequence with the same cached context: many questions on one prefill."""
         return self.pool.fork(seq)

@@ -41,10 +41,11 @@ def tiny_report(sha256: str, *, validated: int | None = 4096) -> Report:
         ),
         config={},
         haystack=text,
-        needles=Needles(
-            protocol="shared", prompt="chat", wording="1", depths=[0.0, 0.5, 1.0], samples=1, max_new_tokens=16,
+        needles=[Needles(
+            wording="heldout", version="1", protocol="shared", prompt="chat", depths=[0.0, 0.5, 1.0], samples=1,
+            max_new_tokens=16,
             cells=[], by_length=lengths, control=Control(n=3, silent=2, invented=1, other=0, guessed=0),
-        ),
+        )],
         perplexity=Perplexity(
             text=text, targets=256, plain=None, by_position=[],
             by_context=[

@@ -69,7 +69,7 @@ def test_both_forms_of_results_say_the_same() -> None:
 
 def test_nothing_measured_is_no_results_file() -> None:
     assert eval_results(facts(report=None)) is None
-    empty = tiny_report("ab" * 32).model_copy(update={"needles": None, "perplexity": None, "agreement": None})
+    empty = tiny_report("ab" * 32).model_copy(update={"needles": [], "perplexity": None, "agreement": None})
     assert eval_results(facts(report=empty)) is None
     assert "model_name" not in model_card(facts(report=empty))
 

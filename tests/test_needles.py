@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from tiny import write_tokenizer
 
 from lcconvert.convert.haystack import Haystack, SentenceBank
-from lcconvert.convert.needle_prompt import Needle, Prompt, build_prompt, choose_needles
+from lcconvert.convert.needle_prompt import Prompt, build_prompt
+from lcconvert.convert.needle_wordings import NEAR, Puzzle, make_puzzles
 from lcconvert.convert.words import key_names, key_words
 from lcconvert.runtime.errors import CheckFailed, UserError
 from lcconvert.runtime.tokenizer import Tokenizer
@@ -35,14 +37,10 @@ def tiny_tokenizer(folder: Path, **changes: object) -> Tokenizer:
     return Tokenizer.from_files(files)
 
 
-def prompt_for(tokenizer: Tokenizer, bank: SentenceBank, length: int, sample: int = 0) -> tuple[Prompt, list[Needle]]:
-    needles, absent = choose_needles(tokenizer, key_names("valid"), DEPTHS, random.Random(sample))
-    questions = [*(needle.subject for needle in needles), absent.subject]
+def prompt_for(tokenizer: Tokenizer, bank: SentenceBank, length: int, sample: int = 0) -> tuple[Prompt, Puzzle]:
+    (puzzle,) = make_puzzles(tokenizer, ["heldout"], DEPTHS, str(sample), shared=True)
     start = bank.start_of(sample, 3)
-    prompt = build_prompt(
-        tokenizer, bank, length=length, reserved=RESERVED, needles=needles, questions=questions, start=start
-    )
-    return prompt, needles
+    return build_prompt(tokenizer, bank, length=length, reserved=RESERVED, puzzle=puzzle, start=start), puzzle
 
 
 @pytest.fixture(scope="module", params=["bytes", "smollm2"])
@@ -62,23 +60,24 @@ def test_every_question_has_exactly_the_length(
 
 
 def test_ids_are_what_a_server_would_see(tokenizer: Tokenizer, haystack: Haystack) -> None:
-    prompt, needles = prompt_for(tokenizer, SentenceBank(haystack, tokenizer), 3000)
-    for needle, tail in zip(needles, prompt.tails):
+    prompt, puzzle = prompt_for(tokenizer, SentenceBank(haystack, tokenizer), 3000)
+    assert len(prompt.tails) == len(DEPTHS) + 1
+    for asked, tail in zip(puzzle.questions, prompt.tails):
         ids = prompt.context + tail
         text = tokenizer.decode(ids, skip_special=False)
         assert tokenizer.encode(text) == ids
-        question, prefix = f"What is the {needle.subject}?", f"The {needle.subject} is"
+        question, prefix = asked.ending.question, asked.ending.prefix
         assert text.endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n{prefix}")
-        assert text.count(needle.value) == 1  # planted once, never in the question
+        assert text.count(asked.value) == (asked.depth is not None)  # planted once, never in the question
 
 
 def test_needles_lie_at_their_depths_and_sentences_are_used_once(tokenizer: Tokenizer, haystack: Haystack) -> None:
     bank = SentenceBank(haystack, tokenizer)
-    prompt, needles = prompt_for(tokenizer, bank, 6000)
-    for needle, found in zip(needles, prompt.depths):
+    prompt, puzzle = prompt_for(tokenizer, bank, 6000)
+    for needle, found in zip(puzzle.needles, prompt.depths):
         assert found == pytest.approx(needle.depth, abs=0.06)
     text = tokenizer.decode(prompt.context)
-    places = [text.index(needle.value) for needle in needles]
+    places = [text.index(needle.value) for needle in puzzle.needles]
     assert places == sorted(places)
     assert prompt.repetition == 1.0
     assert not prompt.wrapped
@@ -89,8 +88,8 @@ def test_needles_lie_at_their_depths_and_sentences_are_used_once(tokenizer: Toke
 
 def test_short_and_long_contexts_of_a_sample_are_twins(tokenizer: Tokenizer, haystack: Haystack) -> None:
     bank = SentenceBank(haystack, tokenizer)
-    (short, needles), (long, same) = prompt_for(tokenizer, bank, 2000), prompt_for(tokenizer, bank, 5000)
-    assert needles == same
+    (short, puzzle), (long, same) = prompt_for(tokenizer, bank, 2000), prompt_for(tokenizer, bank, 5000)
+    assert puzzle == same
     assert short.tails == long.tails
 
 
@@ -115,12 +114,13 @@ def test_too_short_a_length_names_the_shortest(tokenizer: Tokenizer, haystack: H
 
 def test_without_a_chat_template_it_is_a_completion(tmp_path: Path, haystack: Haystack) -> None:
     tokenizer = tiny_tokenizer(tmp_path, chat_template=None, add_bos_token=True)
-    prompt, needles = prompt_for(tokenizer, SentenceBank(haystack, tokenizer), 2000)
+    prompt, puzzle = prompt_for(tokenizer, SentenceBank(haystack, tokenizer), 2000)
     ids = prompt.context + prompt.tails[0]
     assert len(ids) == 2000 - RESERVED
     assert ids[0] == tokenizer.bos_id
     assert tokenizer.bos_id not in ids[1:]
-    assert tokenizer.decode(ids).endswith(f"What is the {needles[0].subject}?\n\nThe {needles[0].subject} is")
+    ending = puzzle.questions[0].ending
+    assert tokenizer.decode(ids).endswith(f"{ending.question}\n\n{ending.prefix}")
 
 
 def test_two_bos_tokens_are_refused(tmp_path: Path, haystack: Haystack) -> None:
@@ -148,11 +148,77 @@ def test_a_vocabulary_that_merges_across_the_cut_still_fits(tmp_path: Path, hays
 
 
 def test_keys_and_wording_are_not_those_of_training() -> None:
-    from lcconvert.convert import needle_prompt, retrieval
+    from lcconvert.convert import needle_wordings, retrieval
 
     assert not set(key_words("train")) & set(key_words("valid"))
     training = " ".join(" ".join(topic) for topic in retrieval._TOPICS).lower()
-    assert not [kind for kind in needle_prompt._KINDS if kind in training]
+    assert not [kind for kind in needle_wordings._KINDS if kind in training]
+
+
+TWENTY = tuple((i + 0.5) / 20 for i in range(20))
+
+
+def test_held_out_and_near_distractors_share_a_haystack_that_training_wording_does_not(tokenizer: Tokenizer) -> None:
+    text, training = make_puzzles(tokenizer, ["heldout", "training", "multikey"], TWENTY, "0/0", shared=True)
+    assert {question.wording for question in text.questions} == {"heldout", "multikey"}
+    assert {question.wording for question in training.questions} == {"training"}
+    assert len(text.needles) == 40
+    assert len(training.needles) == 20
+    facts = " ".join(needle.fact for needle in (*text.needles, *training.needles))
+    for puzzle in (text, training):
+        planted = {needle.value: needle for needle in puzzle.needles}
+        for asked in puzzle.questions:
+            assert (asked.value in planted) == (asked.depth is not None)
+            assert asked.value not in asked.ending.question + asked.ending.prefix
+            if asked.depth is not None:
+                assert planted[asked.value].depth == asked.depth
+    assert len(set(re.findall("[0-9]{7}", facts))) == 60
+    valid = set(key_names("valid"))
+    for needle in (*text.needles, *training.needles):
+        words = needle.fact.rstrip(".").split()
+        assert {f"{one} {two}" for one, two in pairwise(words)} & valid
+
+
+def test_a_multikey_fact_has_four_near_distractors(tokenizer: Tokenizer) -> None:
+    (text,) = make_puzzles(tokenizer, ["heldout", "multikey"], TWENTY, "0/0", shared=True)
+    keys = [needle.fact.split(" is ")[0].removeprefix("The ").split(" of the ") for needle in text.needles]
+    single, near = keys[:20], keys[20:]
+    assert not {kind for kind, _ in single} & {kind for kind, _ in near}
+    words = [word for _, name in single for word in name.split()]
+    assert len(set(words)) == len(words)
+    for kind, name in near:
+        alike = [other for other_kind, other in near if (other_kind, other.split()[0]) == (kind, name.split()[0])]
+        assert len(alike) == len(set(alike)) == NEAR + 1
+        assert not set(name.split()) & set(words)
+    controls = [question for question in text.questions if question.depth is None]
+    assert len(controls) == 2
+    assert not [needle for needle in text.needles if controls[1].ending.prefix in needle.fact]
+    assert near[0][1].split()[0] in controls[1].ending.prefix  # it is near, too
+
+
+@pytest.mark.parametrize("depths", [(0.5,), (0.0, 0.25, 0.5, 0.75, 1.0), TWENTY[:7]])
+def test_alone_a_multikey_fact_brings_its_distractors(tokenizer: Tokenizer, depths: tuple[float, ...]) -> None:
+    alone = make_puzzles(tokenizer, ["multikey"], depths, "0/0", shared=False)
+    (shared,) = make_puzzles(tokenizer, ["multikey"], depths, "0/0", shared=True)
+    assert [len(puzzle.needles) for puzzle in alone] == [NEAR + 1] * len(depths)
+    assert [len(puzzle.questions) for puzzle in alone] == [2, *[1] * (len(depths) - 1)]
+    assert set(shared.needles) == {needle for puzzle in alone for needle in puzzle.needles}
+    assert len(shared.needles) % (NEAR + 1) == 0
+
+
+def test_the_training_wording_is_that_of_training(tokenizer: Tokenizer, haystack: Haystack) -> None:
+    """Its questions differ in length: the longest prompt has the length asked for, no prompt more."""
+    (puzzle,) = make_puzzles(tokenizer, ["training"], TWENTY[:5], "0/0", shared=True)
+    bank = SentenceBank(haystack, tokenizer)
+    prompt = build_prompt(tokenizer, bank, length=4000, reserved=RESERVED, puzzle=puzzle, start=0)
+    lengths = [len(prompt.context) + len(tail) for tail in prompt.tails]
+    assert max(lengths) == 4000 - RESERVED
+    assert min(lengths) > 4000 - RESERVED - 64
+    text = tokenizer.decode(prompt.context + prompt.tails[0], skip_special=False)
+    assert text.endswith("?<|im_end|>\n<|im_start|>assistant\n")
+    for needle in puzzle.needles:
+        assert text.count(needle.fact) == 1
+    assert re.search("The clerk filed the [a-z]+ [a-z]+ under reference [0-9]{7}", text)
 
 
 def test_haystack_sources(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from lcconvert.runtime.errors import UserError
 def full_report(**artifact: Any) -> Report:
     """Two lengths x three depths, one length out of memory, and a name that would be markup."""
     report = tiny_report("a" * 64)
-    assert report.needles is not None
     assert report.perplexity is not None
     cells = [
         NeedleCell(
@@ -31,13 +30,12 @@ def full_report(**artifact: Any) -> Report:
         for length in (1024, 4096)
         for depth in (0.0, 0.5, 1.0)
     ]  # fmt: skip
-    last = report.needles.by_length[1].model_copy(update={"state": "out of memory", "n": 0, "strict": 0, "contains": 0})
+    (needles,) = report.needles
+    last = needles.by_length[1].model_copy(update={"state": "out of memory", "n": 0, "strict": 0, "contains": 0})
     return report.model_copy(
         update={
             "artifact": report.artifact.model_copy(update={"name": "runs/<b>flash</b>"} | artifact),
-            "needles": report.needles.model_copy(
-                update={"cells": cells, "by_length": [report.needles.by_length[0], last]}
-            ),
+            "needles": [needles.model_copy(update={"cells": cells, "by_length": [needles.by_length[0], last]})],
             "perplexity": report.perplexity.model_copy(
                 update={"plain": PlainPerplexity(context=2048, nll=3.6, ppl=36.6)}
             ),
@@ -93,7 +91,7 @@ def test_the_page_says_when_nothing_is_validated_and_a_check_failed() -> None:
 
 
 def test_sections_that_were_not_measured_are_absent() -> None:
-    report = full_report().model_copy(update={"needles": None, "perplexity": None, "agreement": None, "cost": []})
+    report = full_report().model_copy(update={"needles": [], "perplexity": None, "agreement": None, "cost": []})
     files = render(report)
     assert set(files) == {"report.html"}
     assert not re.search("<h2>(Needles|Perplexity|Agreement|Memory)", files["report.html"].decode())
@@ -126,7 +124,7 @@ def test_comparison_table() -> None:
     flash = full_report()
     source = flash.model_copy(
         update={
-            "needles": None,
+            "needles": [],
             "claim": flash.claim.model_copy(update={"validated": None}),
             "artifact": flash.artifact.model_copy(update={"bytes": 269_000_000}),
             "kv_bytes_per_token": 23_040.0,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import write_tokenizer
 
-from lcconvert.convert import needle_prompt, retrieval
+from lcconvert.convert import needle_wordings, retrieval
 from lcconvert.convert.corpus import LONG_CHARS, Corpus, split_pieces
 from lcconvert.convert.extend_config import Stage
 from lcconvert.convert.retrieval import make_puzzle, retrieval_sample
@@ -58,7 +58,7 @@ def test_training_and_validation_share_no_key_and_no_wording() -> None:
         return " ".join(str(value) for value in values if isinstance(value, (str, tuple)))
 
     assert len(content_words(texts(retrieval))) > 20
-    assert not content_words(texts(needle_prompt)) & content_words(texts(retrieval))
+    assert not content_words(texts(needle_wordings)) & content_words(texts(retrieval))
 
 
 def test_answers_are_in_the_facts() -> None:
@@ -78,7 +78,7 @@ def test_answers_are_in_the_facts() -> None:
 def test_chains_tell_a_link_after_what_it_refers_to() -> None:
     rng = random.Random(0)
     for _ in range(50):
-        puzzle = retrieval._chain(9, rng)
+        puzzle = retrieval._chain(9, rng, key_names("train"))
         known: set[str] = set()
         for fact in puzzle.facts:
             names = re.findall(r"(?:[Jj]ar|[Tt]eam) (\w+ \w+)", fact)

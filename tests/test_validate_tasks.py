@@ -142,7 +142,7 @@ def test_the_report_has_what_was_asked(model: Path, undisturbed: tuple[Path, dic
     out, result = undisturbed
     report = Report.read(out)
     assert report.model_dump(mode="json") == result
-    assert report.needles is None
+    assert report.needles == []
     assert report.claim.validated is None
     assert report.tasks is not None
     assert [(cell.task, cell.length, cell.n) for cell in report.tasks.cells] == [
@@ -212,7 +212,7 @@ def test_a_server_that_refuses_or_cuts_is_noticed(model: Path, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ("kv", "kv")}, "each name once"),
+        ({"tasks": ("kv", "kv")}, "each once"),
         ({"lengths": ()}, "lengths is empty"),
         ({"tasks": ("code_defines",)}, "give their folder as source_tree"),
         ({"endpoint": "http://x", "tasks": ()}, "an endpoint answers tasks and nothing else"),
