@@ -8,14 +8,13 @@ plain causal SDPA for training and for comparison with transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.linear import QuantLayout, make_linear
@@ -33,17 +32,6 @@ _BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-# Attention is the one part of a layer that is dear to compute and cheap to keep: one row as wide as the hidden states.
-_ops = torch.ops.aten
-_kept_attention = partial(
-    create_selective_checkpoint_contexts,
-    [
-        _ops._scaled_dot_product_cudnn_attention.default,
-        _ops._scaled_dot_product_flash_attention.default,
-        _ops._scaled_dot_product_flash_attention_for_cpu.default,
-        _ops._scaled_dot_product_efficient_attention.default,
-    ],
-)
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -54,9 +42,13 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return out.transpose(-2, -3)
 
 
-def checkpointed(layer: Layer, *inputs: torch.Tensor, attend: Attend = causal_attention) -> torch.Tensor:
-    """`layer(*inputs)`, of which the backward pass computes everything again but the attention."""
-    out: torch.Tensor = checkpoint(layer, *inputs, attend=attend, use_reentrant=False, context_fn=_kept_attention)
+def checkpointed(
+    layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend = causal_attention
+) -> torch.Tensor:
+    """`layer(x, cos, sin, attend)`, of which the backward pass computes everything again but the attention: it is the
+    one part that is dear to compute and cheap to keep (q, k, v and its output in the compute dtype)."""
+    q, k, v = checkpoint(layer.qkv, x, cos, sin, use_reentrant=False)
+    out: torch.Tensor = checkpoint(layer.finish, x, attend(q, k, v).flatten(-2), use_reentrant=False)
     return out
 
 
