@@ -1,8 +1,8 @@
 """What an extension will take before it starts: seconds and peak GPU memory of every stage, and what does not fit.
 
-The seconds are two products at two rates: 8 FLOP a weight and token (forward, recomputed forward, backward), and 4.5
-forward passes of causal attention. The rates come from training SmolLM2-135M on one H100 with 4 x 16K, 64K and 256K
-tokens a step, and give those three back to 5%; other head sizes were not measured. Loading, checkpoints and the write
+The seconds are two products at two rates: 8 FLOP a weight and token (forward, recomputed forward, backward), and 3.5
+forward passes of causal attention, which is kept. The rates come from training SmolLM2-135M on one H100 with 64K and
+256K tokens a step and give those back to 5%; other head sizes were not measured. Loading, checkpoints and the write
 at the end are left out. Memory is a sum over what is alive at the worst moment, not a measurement.
 
 Surprising rule: only cards whose rates were measured have a name here. A guess that looks like a measurement would be
@@ -20,7 +20,8 @@ from lcconvert.runtime.rope import RopeSpec
 from lcconvert.runtime.spec import ModelSpec
 from lcconvert.runtime.units import format_bytes, format_count
 
-_READ_DENSITY = 0.05  # share of a text's attention that block-sparse reading computes
+_READ_SHARE = 0.14  # what block-sparse reading of 1M takes of the time of dense attention, selection included
+_ASK_RATE = 0.53  # of the rate of attention: a few hundred rows against a million keys fill the GPU less
 _QUESTION_TOKENS = 64  # a question in its chat frame and the answer
 _GRAIN = 1024  # the longest length that fits is named to this many tokens
 
@@ -34,7 +35,7 @@ class Card:
     attention: float
 
 
-CARDS = {"h100": Card(memory=80 * 10**9, linear=185e12, attention=435e12)}
+CARDS = {"h100": Card(memory=80 * 10**9, linear=225e12, attention=415e12)}
 
 
 def card_named(name: str) -> Card:
@@ -57,7 +58,7 @@ class Cost:
             return self._reading_seconds(stage)
         spec, length = self.spec, stage.seq_len
         recomputed = self.config.gradient_checkpointing
-        weights, forwards = spec.parameters(), 4.5 if recomputed else 3.5
+        weights, forwards = spec.parameters(), 3.5
 
         def seconds(flop_per_weight: int, passes: float, window: int) -> float:
             """Of one row: attention FLOP are 2 w q (causal: half of 4 w q) a token and layer."""
@@ -74,10 +75,10 @@ class Cost:
         """The text is one forward pass, of whose attention the hybrid policy computes a share; every question attends
         to all of it, forward and backward (2.5 forwards, of which two products serve gradients nobody wants)."""
         spec, length = self.spec, stage.seq_len
-        density = 1.0 if stage.prefix_attention == "dense" else min(1.0, _READ_DENSITY)
+        share = 1.0 if stage.prefix_attention == "dense" else _READ_SHARE
         attention = 2 * spec.q_size * spec.num_layers / self.card.attention  # seconds a query and key, causal
-        reading = 2 * spec.parameters() * length / self.card.linear + density * attention * length**2
-        asking = stage.questions * _QUESTION_TOKENS * length * 2 * 3.5 * attention
+        reading = 2 * spec.parameters() * length / self.card.linear + share * attention * length**2
+        asking = stage.questions * _QUESTION_TOKENS * length * 2 * 3.5 * attention / _ASK_RATE
         replayed = -(-stage.questions // stage.batch_size) * REPLAY_ROW * bool(stage.replay_share)
         return reading + asking + 10 * spec.parameters() * replayed / self.card.linear
 

@@ -26,11 +26,16 @@ def config(*stages: Stage, **values: Any) -> ExtendConfig:
 
 
 @pytest.mark.parametrize(
-    ("length", "batch", "measured"), [("16k", 4, 0.75), ("64k", 1, 2.0), ("256k", 1, 26.0)], ids=["16k", "64k", "256k"]
+    ("stage", "measured"),
+    [
+        (Stage(steps=1, seq_len="64k"), 1.56),
+        (Stage(steps=1, seq_len="256k"), 21.1),
+        (Stage(steps=1, seq_len="1M", questions=64, replay_share=0.2, batch_size=16), 20.0),
+    ],
+    ids=["64k", "256k", "on 1M"],
 )
-def test_predicts_the_seconds_that_were_measured(length: str, batch: int, measured: float) -> None:
-    stage = Stage(steps=1, seq_len=length, batch_size=batch)
-    assert Cost(SMOL, config(stage), CARD).step_seconds(stage) == pytest.approx(measured, rel=0.05)
+def test_predicts_the_seconds_that_were_measured(stage: Stage, measured: float) -> None:
+    assert Cost(SMOL, config(stage), CARD).step_seconds(stage) == pytest.approx(measured, rel=0.15)
 
 
 def test_what_does_not_fit_is_refused_with_the_longest_length_that_does() -> None:
@@ -73,8 +78,8 @@ def test_stages_are_cut_in_proportion_to_the_time() -> None:
     assert 110 < Cost(SMOL, cut, CARD).seconds() <= 120
     first, second = (stage.steps for stage in cut.plan)
     assert first / second == pytest.approx(200 / 80, rel=0.1)
-    with pytest.raises(UserError, match="one step of every stage takes 3 s"):
-        fit_time(config(*stages, max_time="2s"), SMOL, CARD)
+    with pytest.raises(UserError, match="one step of every stage takes 2 s"):
+        fit_time(config(*stages, max_time="1s"), SMOL, CARD)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("20m", 1200), ("1.5h", 5400), (7.0, 7)])
@@ -96,7 +101,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     for part in ("2K -> 64K (scale 32)", "rope_theta = ", "1000", "1 x 4K", "minutes"):
         assert part in result.output
     assert "only the positions change" in CliRunner().invoke(cli, command).output
-    cut = CliRunner().invoke(cli, [*command, *train, "--max-time", "0.05s"])
+    cut = CliRunner().invoke(cli, [*command, *train, "--max-time", "0.03s"])
     assert "1000" not in cut.output.split("stage")[1]
     assert not (tmp_path / "out").exists()
 
@@ -106,7 +111,7 @@ def test_dry_run_of_a_recipe_and_options_over_it(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, [*command, "--recipe", "smollm2-135m-1m"])
     assert result.exit_code == 0, result.output
     assert "2K -> 1M (scale 512)" in result.output
-    assert all(f"x {length} " in result.output for length in ("16K", "64K", "256K"))
+    assert all(part in result.output for part in ("x 16K ", "x 64K ", "256 on 1M "))
     assert "2K -> 512K" in CliRunner().invoke(cli, [*command, "--recipe", "pro", "--context", "512k"]).output
 
 
@@ -114,7 +119,7 @@ def test_the_recipe_for_one_h100_fits_its_half_hour() -> None:
     planned = fit_time(load_recipe("smollm2-135m-1m").extend, SMOL, CARD)
     cost = Cost(SMOL, planned, CARD)
     cost.check_fits()
-    assert 900 < cost.seconds() <= 17 * 60
+    assert 600 < cost.seconds() <= 18 * 60
 
 
 def test_refused(tmp_path: Path) -> None:
