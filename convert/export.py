@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field, model_validator
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.progress import progress
 from lcconvert.convert.provenance import made_with, named_source, origin
-from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
+from lcconvert.convert.shard_writer import ShardWriter
+from lcconvert.convert.writer import new_folder, verify_folder, write_files
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.model import check_finite
 from lcconvert.runtime.sidecar import NAME as SIDECAR
@@ -106,7 +107,7 @@ def _export_safetensors(source: TensorSource, sidecar: Sidecar, out: Path, confi
         model_config = {k: v for k, v in model_config.items() if k != "torch_dtype"}
         model_config["dtype"] = str(dtype).removeprefix("torch.")
     with new_folder(out, need_bytes=need) as folder:
-        writer = ShardWriter(folder, config.max_shard_bytes)
+        writer = ShardWriter(folder, expected, config.max_shard_bytes)
         with progress("export safetensors", len(expected), "tensors") as bar:
             for name, (kind, _) in expected.items():
                 tensor = source.tensor(name)

@@ -21,7 +21,8 @@ from lcconvert.runtime.sidecar import Sidecar
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.onnx", "*.onnx.data", "*.gguf")
 # what comes after a conversion and is never recorded (.cache and .gitattributes are the Hub's); what may come then
-_LATER = re.compile(r"README\.md|\.gitattributes|(validation|\.eval_results|\.cache)/.*", re.DOTALL)
+RESUME = ".resume.jsonl"  # in the folder of an unfinished command: how far it came
+_LATER = re.compile(r"README\.md|\.gitattributes|\.resume\.jsonl|(validation|\.eval_results|\.cache)/.*", re.DOTALL)
 _MAY_BE_ADDED = re.compile(r"(LICENSE|NOTICE)(\.txt|\.md)?")
 
 

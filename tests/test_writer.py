@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
+from lcconvert.convert.shard_writer import ShardWriter
+from lcconvert.convert.writer import new_folder, verify_folder, write_files
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
 from lcconvert.runtime.source import FolderSource
 
@@ -125,10 +126,11 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from lcconvert.convert.writer import ShardWriter, new_folder
+from lcconvert.convert.shard_writer import ShardWriter
+from lcconvert.convert.writer import new_folder
 keep = sys.argv[2] or None
 with new_folder(Path(sys.argv[1]), keep_on_stop=keep) as folder:
-    writer = ShardWriter(folder, 1000)
+    writer = ShardWriter(folder, {f"t{i}": (torch.float32, (250,)) for i in range(4)}, 1000)
     for i in range(4):
         writer.add(f"t{i}", torch.ones(250))
     print("ready", flush=True)
@@ -152,7 +154,7 @@ def test_a_killed_command_leaves_a_partial_folder_that_the_next_one_takes(tmp_pa
     process.kill()
     process.communicate(timeout=60)
     assert listing(tmp_path) == {"out.partial"}
-    assert len(listing(tmp_path / "out.partial")) == 3  # three full shards; the fourth tensor was still waiting
+    assert len(listing(tmp_path / "out.partial")) == 5  # four shards and their index
     with new_folder(out) as folder:
         assert listing(folder) == set()
     assert listing(tmp_path) == {"out"}
@@ -173,16 +175,15 @@ import resource, sys
 from pathlib import Path
 import numpy as np, torch
 from safetensors.torch import save_file
-from lcconvert.convert.writer import ShardWriter, new_folder
+from lcconvert.convert.shard_writer import ShardWriter
+from lcconvert.convert.writer import new_folder
 from lcconvert.runtime.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 root = Path(sys.argv[1])
 big = torch.ones(100_000)
 
 def shards(folder):
-    writer = ShardWriter(folder)
-    writer.add("x", big)
-    writer.close()
+    ShardWriter(folder, {"x": (big.dtype, big.shape)})  # takes the disk before there is anything to write
 
 writes = {
     "shards": shards,
@@ -228,9 +229,14 @@ def test_a_device_without_space(tmp_path: Path) -> None:
 # --- shards -------------------------------------------------------------------------------------------------------
 
 
+def forms(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
 def written(folder: Path, tensors: dict[str, torch.Tensor], limit: int) -> dict[str, torch.Tensor]:
-    writer = ShardWriter(folder, limit)
-    for name, tensor in tensors.items():
+    """Adds the tensors in reverse, as the order does not matter, and reads them back by safetensors' own code."""
+    writer = ShardWriter(folder, forms(tensors), limit)
+    for name, tensor in reversed(tensors.items()):
         writer.add(name, tensor)
     writer.close()
     return {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
@@ -266,12 +272,16 @@ def test_shards_are_capped_and_the_index_is_exact(
     verify_folder(folder, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
 
 
-def test_holds_at_most_one_shard(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, 1000)
-    for i in range(10):
-        writer.add(f"t{i}", torch.ones(100))
-        assert len(list(tmp_path.glob("*.shard"))) == i // 2
-    writer.close()
+def test_a_shard_is_what_safetensors_writes(tmp_path: Path) -> None:
+    tensors = {
+        "z": torch.arange(3, dtype=torch.int64),
+        "b": torch.ones(3, 5, dtype=torch.bfloat16),
+        "a": torch.arange(7.0),
+        "e": torch.arange(9.0).to(torch.float8_e4m3fn),
+    }
+    written(tmp_path, tensors, 10**9)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_views_and_transposes_are_written_as_they_look(tmp_path: Path) -> None:
@@ -281,17 +291,32 @@ def test_views_and_transposes_are_written_as_they_look(tmp_path: Path) -> None:
     assert torch.equal(back["transposed"], base.t())
 
 
-def test_shards_of_an_earlier_attempt_go_away(tmp_path: Path) -> None:
-    written(tmp_path, {f"t{i}": torch.ones(100) for i in range(4)}, 400)
-    ShardWriter(tmp_path, 400).add("x", torch.ones(1))
-    assert listing(tmp_path) == set()
+def test_shards_of_an_earlier_attempt_go_away_or_are_completed(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(4)}
+    written(tmp_path, tensors, 400)
+    ShardWriter(tmp_path, {"x": (torch.float32, (1,))}, 400)
+    assert listing(tmp_path) == {"model.safetensors"}
+    writer = ShardWriter(tmp_path, forms(tensors), 900)
+    for name in ("t0", "t3"):
+        writer.add(name, tensors[name])
+    with pytest.raises(ValueError, match=r"tensor t1 was planned and not added \(2 missing\)"):
+        writer.close()
+    writer = ShardWriter(tmp_path, forms(tensors), 900, written=("t0", "t3"))
+    for name in ("t1", "t2"):
+        writer.add(name, tensors[name])
+    writer.close()
+    (tmp_path / "config.json").write_text("{}")
+    source = verify_folder(tmp_path, forms(tensors))
+    assert all(torch.equal(source.tensor(name), tensor) for name, tensor in tensors.items())
 
 
-def test_a_name_is_added_once(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path)
+def test_a_tensor_is_added_once_and_as_planned(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, {"x": (torch.float32, (1,)), "y": (torch.float16, (2,))})
     writer.add("x", torch.ones(1))
     with pytest.raises(ValueError, match="x was added twice"):
         writer.add("x", torch.ones(1))
+    with pytest.raises(ValueError, match=r"tensor y is .*float32.*planned was .*float16"):
+        writer.add("y", torch.ones(2))
 
 
 def test_files_are_written_byte_for_byte(tmp_path: Path) -> None:
