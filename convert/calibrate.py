@@ -23,8 +23,7 @@ from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.selector_calibration import calibrate_alpha
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.linear import QuantLayout
-from lcconvert.runtime.model import Layer, read_tensor
-from lcconvert.runtime.rope import cos_sin
+from lcconvert.runtime.model import Layer, layer_tables, read_tensor, scaled
 from lcconvert.runtime.sidecar import AttentionPolicy
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
@@ -80,13 +79,13 @@ def load_layer(source: TensorSource, spec: ModelSpec, number: int, device: torch
     """
     prefix = f"model.layers.{number}"
     with torch.device("meta"):
-        layer = Layer(spec, QuantLayout(), prefix)
-    first = source.info(f"{prefix}.input_layernorm.weight")[0]
+        layer = Layer(spec, QuantLayout(), number)
+    stored = source.info(f"{prefix}.mlp.down_proj.weight")[0]
     state = {}
     for leaf, wanted in layer.state_dict().items():
         name = f"{prefix}.{leaf}"
         tensor = read_tensor(source, name, wanted.shape)
-        state[leaf] = tensor.to(device, torch.float32 if device.type == "cpu" else first)
+        state[leaf] = tensor.to(device, torch.float32 if device.type == "cpu" else stored)
     layer.load_state_dict(state, assign=True)
     return layer.requires_grad_(False).eval()
 
@@ -113,9 +112,9 @@ class Calibration:
                 f"{source.name}: the tokenizer makes id {top} but the model has {len(embedding)} embeddings"
             )
         dtype = torch.float32 if device.type == "cpu" else embedding.dtype
-        self.hidden = F.embedding(windows, embedding).to(device, dtype)  # [S, T, H]
+        self.hidden = scaled(spec, F.embedding(windows, embedding).to(device, dtype))  # [S, T, H]
         positions = torch.arange(windows.shape[1], device=device)
-        self.cos, self.sin = cos_sin(spec.rope, spec.head_dim, positions)
+        self.tables = layer_tables(spec, positions)
 
     @torch.no_grad()
     def observe(self, layer: Layer, policy: AttentionPolicy | None, mass: float) -> Observed:
@@ -139,11 +138,13 @@ class Calibration:
         k_peak, v_peak = torch.zeros(2, 1, device=self.hidden.device)
         alpha = kept = None
         for number, x in enumerate(self.hidden):
-            q, k, v = layer.qkv(x, self.cos, self.sin)
+            q, k, v = layer.qkv(x, *self.tables[layer.number])
             k_peak = torch.maximum(k_peak, torch.hypot(*k.float().chunk(2, dim=-1)).amax((0, 2)))  # [Hkv]
             v_peak = torch.maximum(v_peak, v.float().abs().amax((0, 2)))
-            layer.finish(x, _attention(q, k, v))
-            if policy is not None and number == 0:
+            layer.finish(x, layer.attend(q[None], k[None], v[None])[0].flatten(1))
+            if policy is not None and number == 0 and layer.window is not None:
+                alpha, kept = torch.zeros(q.shape[1]), 1.0  # nothing is skipped within a window
+            elif policy is not None and number == 0:
                 alpha, kept = calibrate_alpha(q, k, policy, mass)
         for hook in hooks:
             hook.remove()
@@ -160,12 +161,5 @@ class Calibration:
     def advance(self, layer: Layer) -> None:
         """Moves every sample through `layer`, one at a time."""
         for number, x in enumerate(self.hidden):
-            q, k, v = layer.qkv(x, self.cos, self.sin)
-            self.hidden[number] = layer.finish(x, _attention(q, k, v))
-
-
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Dense causal attention of one sample, [T, heads, D] each -> [T, Hq * D]."""
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1).flatten(1)
+            q, k, v = layer.qkv(x, *self.tables[layer.number])
+            self.hidden[number] = layer.finish(x, layer.attend(q[None], k[None], v[None])[0].flatten(1))

@@ -31,6 +31,7 @@ from lcconvert.runtime.sidecar import NAME as SIDECAR
 from lcconvert.runtime.sidecar import Sidecar
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.stored import decoder_source
 from lcconvert.runtime.units import format_bytes, format_count
 
 ENGINES = ("vllm", "transformers", "sglang", "llama.cpp", "onnxruntime")
@@ -276,7 +277,7 @@ class _Artifact:
         with torch.device("meta"):
             decoder = Decoder(self.spec, self.layout)
         wanted = {name for name, _ in (*decoder.named_parameters(), *decoder.named_buffers())}
-        present = set(self.source.names())
+        present = set(decoder_source(self.source, self.spec).names())
         if missing := sorted(wanted - present):
             result.refused.append(f"tensor {missing[0]} is missing ({len(missing)} in all)")
         beside = (".k_scale", ".v_scale", ".rotary_emb.inv_freq", "lm_head.weight")

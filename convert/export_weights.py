@@ -17,6 +17,7 @@ from lcconvert.runtime.linear import LinearFormat, QuantLayout
 from lcconvert.runtime.model import check_finite
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.stored import decoder_source
 
 GROUP_SIZES = (256, 128, 64, 32, 16)  # MatMulNBits: powers of two from 16
 _BLOCK = 1 << 24  # values
@@ -35,8 +36,8 @@ class ExportWeights:
     """The tensors of `source` by module name, each checked to be finite and counted as used."""
 
     def __init__(self, source: TensorSource):
-        self.source = source
         self.spec = ModelSpec.from_config(source.config)
+        self.source = decoder_source(source, self.spec)
         self.layout = QuantLayout.from_config(source.config)
         self._used: set[str] = set()
 

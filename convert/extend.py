@@ -31,12 +31,14 @@ from lcconvert.convert.rope_methods import extend_rope
 from lcconvert.convert.trainer import HOW_TO_RESUME, remove_state, train
 from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
 from lcconvert.runtime.errors import CheckFailed, UserError
+from lcconvert.runtime.families import family_of
 from lcconvert.runtime.model import Decoder, load_decoder
 from lcconvert.runtime.rope import RopeSpec, cos_sin
 from lcconvert.runtime.sidecar import NAME as SIDECAR
 from lcconvert.runtime.sidecar import ContextClaim, Sidecar
-from lcconvert.runtime.source import FolderSource, TensorSource
+from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.stored import as_stored, decoder_source
 from lcconvert.runtime.tokenizer import Tokenizer
 
 __all__ = ["ExtendConfig", "Stage", "extend"]
@@ -59,7 +61,7 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
     need = spec.parameters() * (2 + (_STATE_BYTES if config.plan else 0))
 
     with new_folder(Path(out), keep_on_stop=resume, need_bytes=need) as folder:
-        stretched = _Stretched(source, extended_config(source.config, rope, config.context))
+        stretched = _Stretched(source, extended_config(source.config, spec, rope, config.context))
         decoder = load_decoder(stretched, device=device, dtype=torch.float32 if config.plan else torch.bfloat16)
         provenance = _provenance(source, src, stretched.sha256(), config) | made_with(device, "accelerate")
         if config.plan:
@@ -89,7 +91,7 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
         sidecar = Sidecar(variant="extended", context=claim, provenance=provenance)
         files = {**extended_files(source.files, config.context), SIDECAR: sidecar.to_bytes()}
         _write(folder, decoder, stretched.config, files)
-        _verify(folder, decoder, rope, config.context)
+        _verify(folder, decoder, stretched.config, rope, config.context)
         remove_state(folder)
     return Path(out)
 
@@ -103,15 +105,24 @@ def dry_run(src: str, config: ExtendConfig, card: str) -> str:
     return render(cost, rope)
 
 
-def extended_config(config: Mapping[str, Any], rope: RopeSpec, context: int) -> dict[str, Any]:
-    """config.json of the extended model: RoPE in both forms, the context, bfloat16, no attention window."""
+def extended_config(config: Mapping[str, Any], spec: ModelSpec, rope: RopeSpec, context: int) -> dict[str, Any]:
+    """config.json of the extended model: RoPE in both forms, the context, bfloat16, no window that limited nothing."""
     changed = {k: v for k, v in config.items() if k not in ("torch_dtype", "original_max_position_embeddings")}
     changed |= {**rope.to_config(), "max_position_embeddings": context, "dtype": "bfloat16"}
-    # ModelSpec has refused windows shorter than the old context, so one that is left never limited anything
-    if changed.get("sliding_window"):
-        changed["sliding_window"] = None
-    if changed.get("use_sliding_window"):
-        changed["use_sliding_window"] = False
+    family = family_of(config)
+    if family.defaults["original_max_position_embeddings"] is not None:  # an absent one would get the family's value
+        changed["original_max_position_embeddings"] = rope.original_max_position or spec.max_position
+    if spec.windowed and family.local_rope:  # only full layers change: windowed ones keep their RoPE
+        local = (spec.local_rope or spec.rope).to_config()
+        if spec.local_rope is not None and "rope_local_base_freq" in config:
+            changed["rope_local_base_freq"] = local["rope_theta"]
+        both = {"full_attention": changed["rope_parameters"], "sliding_attention": local["rope_parameters"]}
+        changed["rope_parameters"] = both
+    elif not spec.windowed:  # a window that is as long as the old context never limited anything
+        if changed.get("sliding_window"):
+            changed["sliding_window"] = None
+        if changed.get("use_sliding_window"):
+            changed["use_sliding_window"] = False
     return changed
 
 
@@ -136,17 +147,31 @@ def _stretch(src: str, config: ExtendConfig) -> tuple[TensorSource, ModelSpec, R
     """The source, what it is, and the RoPE it gets."""
     source = open_checkpoint(src)
     spec = ModelSpec.from_config(source.config)
+    _check_windows(source, spec)
     rope = extend_rope(
         spec.rope,
         config.resolved_method,
-        head_dim=spec.head_dim,
+        head_dim=spec.rope.rotary_dim(spec.head_dim),
         trained=spec.max_position,
         context=config.context,
         factors=config.factors,
         attention_factor=config.attention_factor,
     )
+    rope = replace(rope, partial=spec.rope.partial)
     _check_request(source, spec, config)
+    ModelSpec.from_config(extended_config(source.config, spec, rope, config.context))  # the family has such a RoPE
     return source, spec, rope
+
+
+def _check_windows(source: TensorSource, spec: ModelSpec) -> None:
+    """UserError where a longer RoPE would turn layers that never see further than their window."""
+    turned = [number for number in spec.windowed if number not in spec.unrotated]
+    if turned and not (family_of(source.config).local_rope and len(turned) < spec.num_layers):
+        raise UserError(
+            f"{source.name} sees {spec.window} tokens in {len(turned)} of {spec.num_layers} layers, whose RoPE its "
+            "config.json cannot keep apart; set sliding_window to null if the model was not trained so, else it has "
+            "nothing to extend"
+        )
 
 
 def _planned(config: ExtendConfig, spec: ModelSpec, device: torch.device) -> ExtendConfig:
@@ -219,16 +244,18 @@ def _provenance(source: TensorSource, src: str, digest: str, config: ExtendConfi
 
 def _write(folder: Path, decoder: Decoder, config: dict[str, Any], files: Mapping[str, bytes]) -> None:
     writer = ShardWriter(folder)
-    for name, tensor in decoder.state_dict().items():
+    for name, tensor in as_stored(config, decoder.spec, decoder.state_dict().items()):
         writer.add(name, tensor)
     writer.close()
     write_files(folder, config, files)
 
 
-def _verify(folder: Path, decoder: Decoder, rope: RopeSpec, context: int) -> None:
+def _verify(folder: Path, decoder: Decoder, config: dict[str, Any], rope: RopeSpec, context: int) -> None:
     """Raises CheckFailed unless the folder on disk is the model in memory."""
     tensors = decoder.state_dict()
-    written = verify_folder(folder, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    empty = ((name, torch.empty_like(tensor, device="meta")) for name, tensor in tensors.items())
+    stored = {name: (t.dtype, tuple(t.shape)) for name, t in as_stored(config, decoder.spec, empty)}
+    written = decoder_source(verify_folder(folder, stored), decoder.spec)
     for name, tensor in tensors.items():
         if not torch.equal(written.tensor(name), tensor.cpu()):
             raise CheckFailed(
@@ -240,7 +267,7 @@ def _verify(folder: Path, decoder: Decoder, rope: RopeSpec, context: int) -> Non
         raise CheckFailed(f"{folder} gives other logits at position {context - 1} than the model in memory; repeat it")
 
 
-def _verify_positions(written: FolderSource, rope: RopeSpec, context: int) -> None:
+def _verify_positions(written: TensorSource, rope: RopeSpec, context: int) -> None:
     spec = ModelSpec.from_config(written.config)
     positions = torch.tensor([0, 1, context // 2, context - 1])
     tables = (cos_sin(each, spec.head_dim, positions) for each in (spec.rope, rope))

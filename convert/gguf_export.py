@@ -218,6 +218,12 @@ def _metadata(
 
 def check_expressible(spec: ModelSpec, source: str) -> None:
     """UserError for tensors that llama.cpp's graph of this architecture has no place for."""
+    if spec.family not in WRITTEN_AS or spec.beyond_plain:
+        detail = f" ({', '.join(spec.beyond_plain)})" if spec.beyond_plain else ""
+        raise UserError(
+            f"{source} is a {spec.family} model{detail}, which is not written as GGUF here; export it to safetensors "
+            "and convert that with llama.cpp's own script"
+        )
     if WRITTEN_AS[spec.family] == "llama":
         return
     if spec.o_bias or spec.mlp_bias:

@@ -48,6 +48,11 @@ def export_onnx(source: TensorSource, sidecar: Sidecar, out: Path, config: Expor
     """Writes and checks the folder `out`; what the comparison found is recorded in its lcconvert.json."""
     weights = ExportWeights(source)
     spec = weights.spec
+    if spec.beyond_plain:
+        raise UserError(
+            f"{source.name} has {', '.join(spec.beyond_plain)}, which the ONNX graph does not compute; "
+            "export it to safetensors"
+        )
     rows = config.max_length or spec.max_position
     if rows > spec.max_position:
         raise UserError(

@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from lcconvert.kernels.select_blocks import pool_keys
 from lcconvert.runtime.attention import prefill_attention
-from lcconvert.runtime.model import Decoder
-from lcconvert.runtime.rope import cos_sin
+from lcconvert.runtime.banded import banded_attention
+from lcconvert.runtime.model import Decoder, layer_tables
 from lcconvert.runtime.sidecar import PAGE, AttentionPolicy
 
 _CHUNK = 512 * PAGE  # rows of the text whose activations exist at once
@@ -47,10 +47,10 @@ class Prefix:
 def read_prefix(decoder: Decoder, ids: torch.Tensor, policy: AttentionPolicy, dtype: torch.dtype) -> Prefix:
     """Reads ids int64 [S] from position 0 by `policy`; run it under the autocast that training uses, if any."""
     spec, length = decoder.spec, len(ids)
-    cos, sin = cos_sin(spec.rope, spec.head_dim, torch.arange(length, device=ids.device))
-    x = decoder.model.embed_tokens(ids).clone()
+    tables = layer_tables(spec, torch.arange(length, device=ids.device))
+    x = decoder.embed(ids).clone()
     layers = []
-    for number, layer in enumerate(decoder.layers):
+    for number, (layer, (cos, sin)) in enumerate(zip(decoder.layers, tables)):
         k, v = (ids.new_empty((length, spec.num_kv_heads, spec.head_dim), dtype=dtype) for _ in range(2))
         spans = [slice(begin, min(begin + _CHUNK, length)) for begin in range(0, length, _CHUNK)]
         for span in spans:
@@ -62,6 +62,7 @@ def read_prefix(decoder: Decoder, ids: torch.Tensor, policy: AttentionPolicy, dt
             attn = prefill_attention(
                 q, k[: span.stop], v[: span.stop],
                 q_offset=span.start, total=length, policy=policy, alpha=alpha, pooled=pooled,
+                window=layer.window,
             )  # fmt: skip
             x[span] = layer.finish(x[span], attn)
         layers.append((k, v))
@@ -71,10 +72,11 @@ def read_prefix(decoder: Decoder, ids: torch.Tensor, policy: AttentionPolicy, dt
 def hidden_after(decoder: Decoder, prefix: Prefix, ids: torch.Tensor) -> torch.Tensor:
     """int64 ids [B, T], each row going on after `prefix` by itself -> hidden states after the final norm [B, T, H]."""
     positions = torch.arange(prefix.length, prefix.length + ids.shape[1], device=ids.device).expand_as(ids)
-    cos, sin = cos_sin(decoder.spec.rope, decoder.spec.head_dim, positions)
-    x = decoder.model.embed_tokens(ids)
-    for layer, (k, v) in zip(decoder.layers, prefix.layers):
-        x = layer(x, cos, sin, partial(attend_after, prefix_k=k, prefix_v=v))
+    tables = layer_tables(decoder.spec, positions)
+    x = decoder.embed(ids)
+    for layer, (k, v), (cos, sin) in zip(decoder.layers, prefix.layers, tables):
+        after = attend_after if layer.window is None else partial(attend_within, window=layer.window)
+        x = layer(x, cos, sin, partial(after, prefix_k=k, prefix_v=v))
     return decoder.model.norm(x)
 
 
@@ -87,6 +89,18 @@ def attend_after(
     """
     out: torch.Tensor = _AttendAfter.apply(*(x.to(prefix_k.dtype) for x in (q, k, v)), prefix_k, prefix_v)
     return out
+
+
+def attend_within(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, prefix_k: torch.Tensor, prefix_v: torch.Tensor, window: int
+) -> torch.Tensor:
+    """`attend_after` of a layer that sees `window` tokens: the end of the prefix is all it can reach."""
+    reach = max(0, len(prefix_k) - window + 1)
+    k, v = (
+        torch.cat((far[reach:].expand(len(near), -1, -1, -1), near.to(far.dtype)), 1)
+        for far, near in ((prefix_k, k), (prefix_v, v))
+    )
+    return banded_attention(q.to(k.dtype), k, v, window)
 
 
 class _AttendAfter(torch.autograd.Function):

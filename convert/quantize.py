@@ -31,11 +31,12 @@ from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, wri
 from lcconvert.runtime import sidecar as sidecars
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.kv_cache import read_scales
-from lcconvert.runtime.linear import LinearFormat, QuantLayout
+from lcconvert.runtime.linear import LinearFormat, QuantLayout, matches
 from lcconvert.runtime.model import Decoder, Layer, check_finite
 from lcconvert.runtime.sidecar import AttentionPolicy, KVConfig, Sidecar
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.stored import as_stored, decoder_source
 from lcconvert.runtime.tokenizer import Tokenizer
 
 REPORT = "quantization.json"
@@ -50,6 +51,7 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
     """
     source = open_checkpoint(src)
     plan = make_plan(source, config)
+    source = decoder_source(source, plan.spec)
     with new_folder(out, need_bytes=plan.bytes) as folder:
         writer = ShardWriter(folder, config.max_shard)
         for name in plan.outside:
@@ -57,7 +59,7 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
         report, alphas, kept = [], [], []
         with progress("quantize", plan.spec.num_layers, "layers") as bar:
             for tensors, rows, observed in quantized_layers(source, plan, config):
-                for name, tensor in tensors.items():
+                for name, tensor in as_stored(plan.config_json, plan.spec, tensors.items()):
                     writer.add(name, tensor)
                 report += rows
                 if observed and observed.alpha is not None:
@@ -68,7 +70,7 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
         writer.close()
         sidecar = _sidecar(src, source, plan, config, alphas)
         write_files(folder, plan.config_json, {**source.files, sidecars.NAME: sidecar.to_bytes()})
-        written = verify_folder(folder, plan.expected)
+        written = verify_folder(folder, plan.stored)
         read_scales(written, plan.spec, plan.kv.scheme)  # refuses an absent or zero KV scale on disk
         summary = summarize(plan, report)
         summary["selector_kept"] = kept  # by layer: share of skippable key blocks read on the first sample
@@ -98,6 +100,12 @@ class Plan:
     device: torch.device
 
     @property
+    def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """`expected` by the names that the family's checkpoints have."""
+        shapes = ((name, torch.empty(shape, dtype=d, device="meta")) for name, (d, shape) in self.expected.items())
+        return {n: (t.dtype, tuple(t.shape)) for n, t in as_stored(self.config_json, self.spec, shapes)}
+
+    @property
     def bytes(self) -> int:
         return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.expected.values())
 
@@ -110,17 +118,20 @@ def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
             "quantize from its 16-bit checkpoint"
         )
     spec = ModelSpec.from_config(source.config)
+    source = decoder_source(source, spec)
     with torch.device("meta"):
         plain = Decoder(spec)
     _check_complete(source, plain)
     ignore = ("lm_head", *config.ignore)
-    form = (
-        LinearFormat("int4", _group_size(plain, ignore, config)) if config.variant == "flash" else LinearFormat("fp8")
-    )
+    form = LinearFormat("fp8")
+    if config.variant == "flash":
+        joined = QuantLayout.from_config(source.config).joined
+        form = LinearFormat("int4", _group_size(plain, ignore, joined, config))
     kv = KVConfig(scheme=config.kv_scheme)
     # engines without our K8V4 pages keep K and V in fp8; vLLM refuses scales without the scheme they belong to
     block = quantization_config(form, ignore, wide=config.wide, fp8_kv=kv.scheme in ("fp8", "k8v4"))
-    layout = QuantLayout.from_config({"quantization_config": block})
+    layout = QuantLayout.from_config({**source.config, "quantization_config": block})
+    _check_whole(layout, (*config.ignore, *config.wide))
     dtype = torch.float16 if source.info("model.embed_tokens.weight")[0] == torch.float16 else torch.bfloat16
     config_json = {k: v for k, v in source.config.items() if k != "torch_dtype"}
     config_json |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": block}
@@ -283,8 +294,18 @@ def _check_complete(source: TensorSource, plain: Decoder) -> None:
         )
 
 
-def _group_size(plain: Decoder, ignore: tuple[str, ...], config: QuantizeConfig) -> int:
-    probe = QuantLayout(groups=((("Linear",), LinearFormat("int4", 1)),), ignore=(*ignore, *config.wide))
+def _check_whole(layout: QuantLayout, patterns: tuple[str, ...]) -> None:
+    """UserError when a pattern names a part that the checkpoint stores joined to others."""
+    for part, whole in layout.joined:
+        for pattern in patterns:
+            if matches(f"model.layers.0.{part}", pattern) and not matches(f"model.layers.0.{whole}", pattern):
+                raise UserError(f"{pattern} names {part}, which this family stores within {whole}; name that instead")
+
+
+def _group_size(
+    plain: Decoder, ignore: tuple[str, ...], joined: tuple[tuple[str, str], ...], config: QuantizeConfig
+) -> int:
+    probe = QuantLayout(((("Linear",), LinearFormat("int4", 1)),), (*ignore, *config.wide), joined)
     widths = {n: m.in_features for n, m in plain.named_modules() if isinstance(m, nn.Linear) and probe.format_of(n)}
     if not widths:
         raise UserError(

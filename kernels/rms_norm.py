@@ -21,14 +21,20 @@ from lcconvert.kernels.fp8 import E4M3_MAX, MAX_ROW, SMALLEST_SCALE, quantize_fp
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, delta: torch.Tensor | None = None) -> torch.Tensor:
     """x [M, H] -> x / sqrt(mean(x^2) + eps) * weight [H], float32 inside and rounded once, as `F.rms_norm`.
 
-    `delta` [M, H], where given, is first added to x in place.
+    `delta` [M, H], where given, is first added to x in place. The weight may be float32 where x is not.
     """
     _check(x, weight, delta)
     if use_triton(x) and x.shape[1] <= MAX_ROW:
         return _rms_norm_triton(x, weight, eps, delta, fp8=False)[0]
     if delta is not None:
         x += delta
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return rms_norm_torch(x, weight, eps)
+
+
+def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The reference: x [..., H] of any shape."""
+    wide = x if weight.dtype == x.dtype else x.float()
+    return F.rms_norm(wide, weight.shape, weight, eps).to(x.dtype)
 
 
 def rms_norm_fp8(

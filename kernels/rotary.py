@@ -13,10 +13,10 @@ The surprise: a normed head is rounded to its dtype before it turns, because tha
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from lcconvert.kernels.backend import jit, tl, triton, use_triton
 from lcconvert.kernels.kv_pages import PAGE
+from lcconvert.kernels.rms_norm import rms_norm_torch
 
 HeadNorm = tuple[torch.Tensor, float]  # weight [D], eps
 
@@ -100,7 +100,7 @@ def _supported(d: int) -> bool:
 def _rotate_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: HeadNorm | None) -> torch.Tensor:
     """The reference: x [T, heads, D] -> a new tensor of its shape and dtype."""
     if norm is not None:
-        x = F.rms_norm(x, norm[0].shape, *norm)
+        x = rms_norm_torch(x, *norm)
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]  # [T, 1, D/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

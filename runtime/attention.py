@@ -8,6 +8,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from lcconvert.kernels.select_blocks import select_blocks
 from lcconvert.kernels.sparse_prefill import block_sparse_attention
+from lcconvert.runtime.banded import banded_attention
 from lcconvert.runtime.sidecar import PAGE, AttentionPolicy
 from lcconvert.runtime.timing import PartTimer, part
 
@@ -24,14 +25,20 @@ def prefill_attention(
     policy: AttentionPolicy,
     alpha: torch.Tensor,
     pooled: torch.Tensor | None,
+    window: int | None = None,
     timer: PartTimer | None = None,
 ) -> torch.Tensor:
     """Causal attention of q [T, Hq, D], rows q_offset.., over k and v [q_offset + T, Hkv, D] -> [T, Hq * D].
 
     `total` is the length of the whole context, which the hybrid policy needs to know its dense end; `alpha` float32
     [Hq] and `pooled` (`pool_keys` of the whole layer) are that policy's too. A short context, where the always-kept
-    blocks are all there is, and a chunk that does not start at a page border run dense.
+    blocks are all there is, and a chunk that does not start at a page border run dense. A layer with a `window` sees
+    so many tokens at most and needs no policy.
     """
+    if window is not None:
+        with part(timer, "attention"):
+            seen = max(0, q_offset - window + 1)
+            return banded_attention(q, k[seen:], v[seen:], window).flatten(1)
     heads, tiles = q.shape[1], -(-len(q) // PAGE)
     always = PAGE * (policy.sink_blocks + policy.local_blocks)
     sparse = (

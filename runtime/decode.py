@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lcconvert.kernels.kv_pages import PageTensors, dequantize_pages
 from lcconvert.kernels.paged_decode import PagePart, attend_pages
 from lcconvert.kernels.rms_norm import rms_norm
 from lcconvert.kernels.rotary import rotate_append
 from lcconvert.kernels.select_pages import select_pages
-from lcconvert.kernels.silu_mul import silu_mul
+from lcconvert.runtime.banded import masked_attention
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.kv_cache import PagePool, Sequence
 from lcconvert.runtime.model import Decoder
@@ -52,8 +53,10 @@ class DecodeStep:
             )
         self._model, self._layers, self._pool, self._policy = model, layers, pool, policy
         self._products = [layer.few() for layer in layers]
-        freq, self._rope_scale = inv_freq(model.spec.rope, model.spec.head_dim)
-        self._freq = freq.to(pool.device, torch.float64)
+        self._ropes = {}  # float64 frequencies [D/2] on the device, and the factor on cos and sin
+        for rope in model.spec.ropes:
+            freq, scale = inv_freq(rope, model.spec.head_dim)
+            self._ropes[rope] = freq.to(pool.device, torch.float64), scale
         self._graphs: dict[int, _Graph] = {}
         # Elsewhere PyTorch stands in for a kernel, and may wait for the device, which a capture forbids.
         self._capturable = (
@@ -102,22 +105,57 @@ class DecodeStep:
         page, row, exact_tokens, full_tokens = (small[:, i].contiguous() for i in (_PAGE, _ROW, _EXACT, _FULL))
         full_pages = full_tokens // PAGE
         exact_table = small[:, _SINK : _TAIL + 1].contiguous()
-        cos, sin = rotation(self._freq, self._rope_scale, numbers[:, _POSITION])
-        x = self._model.model.embed_tokens(numbers[:, _ID])  # [S, H]
+        tables = {rope: rotation(*table, numbers[:, _POSITION]) for rope, table in self._ropes.items()}
+        x = self._model.embed(numbers[:, _ID])  # [S, H]
         delta = None
         for number, (layer, products) in enumerate(zip(self._layers, self._products, strict=True)):
             exact = PagePart(self._pool.exact_k[number], self._pool.exact_v[number], exact_table, exact_tokens)
-            qkv = products.qkv(rms_norm(x, layer.input_norm.weight, layer.input_norm.eps, delta=delta))
+            cos, sin = tables[spec.rope_of(number)]
+            qkv = products.qkv(products.qkv.normed(x, layer.input_norm, delta))
+            layer.norm_whole(qkv[:, : spec.q_size], layer.q_norm)
+            layer.norm_whole(qkv[:, spec.q_size : spec.q_size + spec.kv_size], layer.k_norm)
+            q_norm, k_norm = layer.head_norms
             q = rotate_append(
-                qkv, cos, sin, exact.k.data, exact.v.data, page, row,
-                heads=spec.num_heads, q_norm=layer.q_norm, k_norm=layer.k_norm,
-            )  # fmt: skip
-            full = self._full_part(number, q, inputs.table, full_tokens, full_pages)
-            delta = products.o(attend_pages(q, [exact, full]).flatten(1))
-            gate_up = products.gate_up(rms_norm(x, layer.mlp_norm.weight, layer.mlp_norm.eps, delta=delta))
-            delta = products.down(silu_mul(gate_up))
+                qkv, cos, sin, exact.k.data, exact.v.data, page, row, heads=spec.num_heads, q_norm=q_norm, k_norm=k_norm
+            )
+            if layer.window is None:
+                full = self._full_part(number, q, inputs.table, full_tokens, full_pages)
+                attended = attend_pages(q, [exact, full])
+            else:
+                attended = self._within_window(number, q, inputs, layer.window)
+            delta = layer.normed_out(products.o(attended.flatten(1)), layer.attn_out_norm)
+            gate_up = products.gate_up(products.gate_up.normed(x, layer.mlp_norm, delta))
+            delta = layer.normed_out(products.down(products.down.gated(gate_up, layer.activation)), layer.mlp_out_norm)
         norm = self._model.model.norm
-        return F.linear(rms_norm(x, norm.weight, norm.eps, delta=delta), self._model.head_weight).float()
+        return F.linear(rms_norm(x, norm.factor, norm.eps, delta=delta), self._model.head_weight).float()
+
+    def _within_window(self, number: int, q: torch.Tensor, inputs: StepInputs, window: int) -> torch.Tensor:
+        """Attention of q [S, Hq, D] over the newest `window` tokens, their pages expanded -> [S, Hq, D].
+
+        As many pages as a window can touch are always read, and masked where they are not there, so that shapes do
+        not change from step to step.
+        """
+        pool, numbers, table = self._pool, inputs.numbers, inputs.table
+        pages, within = numbers[:, _FULL] // PAGE, torch.arange(PAGE, device=q.device)
+        reach = -(-(window - 1) // PAGE) if pool.capacity else 0
+        back = torch.arange(reach, 0, -1, device=q.device)
+        listed = pages[:, None] - back  # [S, n]: the last n full pages of each sequence, negative where it has fewer
+        chosen = table.long().gather(1, listed.clamp(0, table.shape[1] - 1))
+        starts = torch.cat((torch.zeros_like(pages)[:, None], PAGE * (1 + listed), PAGE * (1 + pages)[:, None]), 1)
+        real = torch.cat((torch.ones_like(pages, dtype=torch.bool)[:, None], listed >= 0, pages[:, None] >= 0), 1)
+        position = starts[..., None] + within  # [S, n + 2, 128]: of the first page, the listed ones, the newest one
+        newest = numbers[:, _POSITION, None, None]
+        mask = real[..., None] & (position <= newest) & (position > newest - window)
+        mask = mask.flatten(1)  # [S, (n + 2) * 128]
+
+        def gathered(exact: PageTensors, full: PageTensors) -> torch.Tensor:
+            ends = exact.data[numbers[:, _SINK : _TAIL + 1]].transpose(2, 3)  # [S, 2, 128, Hkv, D]
+            middle = dequantize_pages(full, chosen.flatten(), q.dtype).view(*chosen.shape, PAGE, *ends.shape[3:])
+            rows = torch.cat((ends[:, :1], middle, ends[:, 1:]), 1).flatten(1, 2)
+            return rows.masked_fill(~mask[..., None, None], 0.0)  # what was never written may be NaN
+
+        k, v = gathered(pool.exact_k[number], pool.k[number]), gathered(pool.exact_v[number], pool.v[number])
+        return masked_attention(q[:, None], k, v, mask[:, None, None])[:, 0]
 
     def _full_part(
         self, number: int, q: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor, pages: torch.Tensor

@@ -16,6 +16,7 @@ from torch import nn
 from lcconvert.kernels.fp8 import fp8_matmul
 from lcconvert.kernels.int4 import int4_matmul
 from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.families import FAMILIES
 
 
 class Int4Linear(nn.Module):
@@ -82,13 +83,16 @@ class QuantLayout:
 
     groups: tuple[tuple[tuple[str, ...], LinearFormat], ...] = ()
     ignore: tuple[str, ...] = ()
+    joined: tuple[tuple[str, str], ...] = ()  # (part of a layer, the tensor that stores it with others)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantLayout:
         """No quantization_config: an empty layout. UserError names the first scheme this runtime cannot run."""
         block = config.get("quantization_config")
+        family = FAMILIES.get((config.get("architectures") or [""])[0])
+        joined = tuple((part, whole) for whole, parts in family.fused.items() for part in parts) if family else ()
         if not block:
-            return cls()
+            return cls(joined=joined)
         if (method := block.get("quant_method")) != "compressed-tensors":
             raise UserError(
                 f"config.json: quant_method is {method!r}, only 'compressed-tensors' can be run; "
@@ -97,14 +101,20 @@ class QuantLayout:
         groups = []
         for name, group in (block.get("config_groups") or {}).items():
             groups.append((tuple(group["targets"]), _format_of(name, group)))
-        return cls(tuple(groups), tuple(block.get("ignore") or ()))
+        return cls(tuple(groups), tuple(block.get("ignore") or ()), joined)
 
     def format_of(self, module: str) -> LinearFormat | None:
-        """The format of the linear layer called `module` (`model.layers.0.mlp.up_proj`), or None when it is plain."""
-        if any(_matches(module, pattern) for pattern in self.ignore):
+        """The format of the linear layer called `module` (`model.layers.0.mlp.up_proj`), or None when it is plain.
+
+        A part that is stored joined to others has the format of the whole.
+        """
+        for part, whole in self.joined:
+            if module.endswith("." + part):
+                module = module.removesuffix(part) + whole
+        if any(matches(module, pattern) for pattern in self.ignore):
             return None
         for targets, form in self.groups:
-            if any(target == "Linear" or _matches(module, target) for target in targets):
+            if any(target == "Linear" or matches(module, target) for target in targets):
                 return form
         return None
 
@@ -127,7 +137,7 @@ def _format_of(name: str, group: dict[str, Any]) -> LinearFormat:
     )
 
 
-def _matches(module: str, pattern: str) -> bool:
+def matches(module: str, pattern: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], module) is not None
     return module == pattern or module.endswith("." + pattern)

@@ -1,8 +1,8 @@
-"""One decoder for the Llama family, used to train, to calibrate and to serve: what is trained is what is served.
+"""One decoder for all dense families, used to train, to calibrate and to serve: what is trained is what is served.
 
-Parameter names are those of HF checkpoints, so nothing maps names. A layer is cut in two halves, `qkv` and `finish`,
-because the runtime puts its own attention between them (layer-major prefill, paged decode); `forward` joins them with
-plain causal SDPA for training and for comparison with transformers.
+Parameter names are those of HF's Llama; `stored` says how the checkpoints of other families name and order them. A
+layer is cut in two halves, `qkv` and `finish`, because the runtime puts its own attention between them (layer-major
+prefill, paged decode); `forward` joins them with plain causal SDPA for training and for comparison with transformers.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from lcconvert.kernels.rms_norm import rms_norm_torch
+from lcconvert.runtime.banded import banded_attention
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.linear import QuantLayout, make_linear
 from lcconvert.runtime.rope import apply_rope, cos_sin
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.stored import decoder_source
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """q [B, T, Hq, D], k and v [B, T, Hkv, D] of new tokens -> attention output [B, T, Hq, D]."""
@@ -43,23 +46,37 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 
 
 def checkpointed(
-    layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend = causal_attention
+    layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend | None = None
 ) -> torch.Tensor:
     """`layer(x, cos, sin, attend)`, of which the backward pass computes everything again but the attention: it is the
-    one part that is dear to compute and cheap to keep (q, k, v and its output in the compute dtype)."""
+    one part that is dear to compute and cheap to keep (q, k, v and its output in the compute dtype). Within a window it
+    is neither, as every tile keeps the keys it sees, so there it is computed again too."""
     q, k, v = checkpoint(layer.qkv, x, cos, sin, use_reentrant=False)
-    out: torch.Tensor = checkpoint(layer.finish, x, attend(q, k, v).flatten(-2), use_reentrant=False)
+    if attend is None and layer.window is not None:
+        attn = checkpoint(layer.attend, q, k, v, use_reentrant=False)
+    else:
+        attn = (attend or layer.attend)(q, k, v)
+    out: torch.Tensor = checkpoint(layer.finish, x, attn.flatten(-2), use_reentrant=False)
     return out
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
+    """x / rms(x) * (shift + weight) * gain; the sum is float32 where there is one, as Gemma was trained."""
+
+    def __init__(self, size: int, eps: float, shift: float = 0.0, gain: float = 1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.shift, self.gain = eps, shift, gain
+
+    @property
+    def factor(self) -> torch.Tensor:
+        """What the normed rows are multiplied with, [size]: the weight itself for most families, else float32."""
+        if self.shift == 0 and self.gain == 1:
+            return self.weight
+        return (self.weight.float() + self.shift) * self.gain
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm_torch(x, self.factor, self.eps)
 
 
 class Attention(nn.Module):
@@ -76,17 +93,26 @@ class Attention(nn.Module):
         self.k_proj = linear("k_proj", spec.hidden_size, spec.kv_size, spec.qkv_bias)
         self.v_proj = linear("v_proj", spec.hidden_size, spec.kv_size, spec.qkv_bias)
         self.o_proj = linear("o_proj", spec.q_size, spec.hidden_size, spec.o_bias)
-        self.q_norm = RMSNorm(spec.head_dim, spec.rms_eps) if spec.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(spec.head_dim, spec.rms_eps) if spec.qk_norm else nn.Identity()
+        self.whole_norm = spec.qk_norm_whole
+        q_size, k_size = (spec.q_size, spec.kv_size) if spec.qk_norm_whole else (spec.head_dim, spec.head_dim)
+        self.q_norm, self.k_norm = (
+            RMSNorm(size, spec.rms_eps, spec.norm_shift, gain) if spec.qk_norm else nn.Identity()
+            for size, gain in ((q_size, spec.query_gain), (k_size, 1.0))
+        )
 
     def query(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """[..., T, H] -> [..., T, Hq, D], normed and rotated."""
-        return apply_rope(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), cos, sin)
+        return apply_rope(self._heads(self.q_proj(x), self.q_norm), cos, sin)
 
     def key_value(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[..., T, H] -> K (normed and rotated) and V, each [..., T, Hkv, D]."""
-        k = apply_rope(self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))), cos, sin)
+        k = apply_rope(self._heads(self.k_proj(x), self.k_norm), cos, sin)
         return k, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+
+    def _heads(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """[..., heads * D] -> [..., heads, D], normed over each head or over all of them."""
+        heads = (-1, self.head_dim)
+        return norm(x).unflatten(-1, heads) if self.whole_norm else norm(x.unflatten(-1, heads))
 
 
 class MLP(nn.Module):
@@ -100,6 +126,7 @@ class MLP(nn.Module):
         self.gate_proj = make_linear(h, m, bias, layout.format_of(f"{name}.gate_proj"))
         self.up_proj = make_linear(h, m, bias, layout.format_of(f"{name}.up_proj"))
         self.down_proj = make_linear(m, h, bias, layout.format_of(f"{name}.down_proj"))
+        self.activation = spec.activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.tile_rows or x.shape[-2] <= self.tile_rows or not torch.is_grad_enabled():
@@ -107,17 +134,33 @@ class MLP(nn.Module):
         tiles = x.split(self.tile_rows, dim=-2)
         return torch.cat([checkpoint(self._rows, tile, use_reentrant=False) for tile in tiles], dim=-2)
 
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> the input of the down projection [..., I]."""
+        gate = self.gate_proj(x)
+        gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return gate * self.up_proj(x)
+
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gated(x))
 
 
 class Layer(nn.Module):
-    def __init__(self, spec: ModelSpec, layout: QuantLayout, name: str):
+    """Layer `number`. Where a norm's place is empty in its family, an identity fills it."""
+
+    def __init__(self, spec: ModelSpec, layout: QuantLayout, number: int):
         super().__init__()
+        name = f"model.layers.{number}"
+
+        def norm(present: bool) -> nn.Module:
+            return RMSNorm(spec.hidden_size, spec.rms_eps, spec.norm_shift) if present else nn.Identity()
+
+        self.number, self.window = number, spec.window_of(number)
         self.self_attn = Attention(spec, layout, f"{name}.self_attn")
         self.mlp = MLP(spec, layout, f"{name}.mlp")
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_eps)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_eps)
+        self.input_layernorm = norm(spec.pre_norms)
+        self.post_attention_layernorm = norm(spec.pre_norms)  # of the MLP's input
+        self.post_self_attn_layernorm = norm(spec.post_norms)
+        self.post_mlp_layernorm = norm(spec.post_norms)
 
     def qkv(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -128,21 +171,33 @@ class Layer(nn.Module):
 
     def finish(self, x: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
         """x [..., T, H] and attention output [..., T, Hq*D] -> the layer's output [..., T, H]."""
-        x = x + self.self_attn.o_proj(attn)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_self_attn_layernorm(self.self_attn.o_proj(attn))
+        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """`causal_attention`, within the layer's window if it has one."""
+        return causal_attention(q, k, v) if self.window is None else banded_attention(q, k, v, self.window)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend = causal_attention
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attend: Attend | None = None,
+        checkpoint_parts: bool = False,
     ) -> torch.Tensor:
-        return self.finish(x, attend(*self.qkv(x, cos, sin)).flatten(-2))
+        """`attend` replaces the layer's own attention; `checkpoint_parts` as in `checkpointed`."""
+        if checkpoint_parts:  # from within, because sharded weights are gathered when a layer is called
+            return checkpointed(self, x, cos, sin, attend)
+        return self.finish(x, (attend or self.attend)(*self.qkv(x, cos, sin)).flatten(-2))
 
 
 class Backbone(nn.Module):
     def __init__(self, spec: ModelSpec, layout: QuantLayout):
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleList(Layer(spec, layout, f"model.layers.{i}") for i in range(spec.num_layers))
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_eps)
+        self.layers = nn.ModuleList(Layer(spec, layout, number) for number in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_eps, spec.norm_shift)
 
 
 class Decoder(nn.Module):
@@ -164,24 +219,45 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, *, checkpoint_layers: bool = False
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        *,
+        checkpoint_layers: bool = False,
+        attend_of: Callable[[Layer], Attend | None] | None = None,
     ) -> torch.Tensor:
         """int64 ids [B, T] -> hidden states after the final norm [B, T, H], dense causal attention over row order.
 
         `positions` int64 [B, T] only turn the rotary angles (PoSE may skip); None counts from 0. With
         `checkpoint_layers`, activations inside a layer but its attention are recomputed in the backward pass.
+        `attend_of` gives a layer another attention, for rows that are not all of a sequence.
         """
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        cos, sin = cos_sin(self.spec.rope, self.spec.head_dim, positions)
-        x = self.model.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = checkpointed(layer, x, cos, sin) if checkpoint_layers else layer(x, cos, sin)
+        tables = layer_tables(self.spec, positions)
+        x = self.embed(input_ids)
+        for layer, (cos, sin) in zip(self.layers, tables, strict=True):
+            x = layer(x, cos, sin, attend_of(layer) if attend_of else None, checkpoint_layers)
         return self.model.norm(x)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 ids [...] -> hidden states [..., H] at the input of the first layer."""
+        return scaled(self.spec, self.model.embed_tokens(ids))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., H] -> float32 [..., V]; pass a few hundred rows at a time, the result is V wide."""
         return F.linear(hidden, self.head_weight).float()
+
+
+def scaled(spec: ModelSpec, x: torch.Tensor) -> torch.Tensor:
+    """Embeddings [..., H], scaled where the family does so, by a factor rounded to their dtype."""
+    return x if spec.embed_scale == 1 else x * torch.tensor(spec.embed_scale).to(x.dtype).item()
+
+
+def layer_tables(spec: ModelSpec, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each layer's rotary tables (cos, sin) for int64 `positions` [...], float32 [..., D/2]; equal ones are shared."""
+    tables = {rope: cos_sin(rope, spec.head_dim, positions) for rope in spec.ropes}
+    return [tables[spec.rope_of(number)] for number in range(spec.num_layers)]
 
 
 def load_decoder(
@@ -192,6 +268,7 @@ def load_decoder(
     Strict: a missing, left-over, misshapen or non-finite tensor is a UserError that names it.
     """
     spec = ModelSpec.from_config(source.config)
+    source = decoder_source(source, spec)
     layout = QuantLayout.from_config(source.config)
     with torch.device("meta"):
         decoder = Decoder(spec, layout)

@@ -214,7 +214,7 @@ def _plan(
         kv_pages=int(-(-context // PAGE) * page + exact),
         layer_kv=2 * context * spec.kv_size * stored.element,
         hidden=3 * rows * spec.hidden_size * stored.element if offload else states,
-        tables=context * (2 * 4 * spec.head_dim // 2 + 8),
+        tables=context * (len(spec.ropes) * 2 * 4 * spec.head_dim // 2 + 8),
         expanded=stored.expanded,
         chunk=_widest_moment(spec, stored.element, context, scheme, policy, gemm, rows),
         libraries=_LIBRARIES,

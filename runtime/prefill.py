@@ -82,11 +82,11 @@ def run_prefill(
         total - start, spec.hidden_size, dtype=pool.dtype, device=pool.device, chunk=setup.chunk,
         offload=setup.offload and not want_all, timer=timer,
     )  # fmt: skip
-    hidden.fill(spans, lambda begin, end: setup.model.model.embed_tokens(ids[begin:end]))
-    cos, sin = _tables(setup.model, start, total, pool.device)
+    hidden.fill(spans, lambda begin, end: setup.model.embed(ids[begin:end]))
+    tables = _tables(setup.model, start, total, pool.device)
     k = torch.empty(total, spec.num_kv_heads, spec.head_dim, dtype=pool.dtype, device=pool.device)
     v = torch.empty_like(k)
-    layer_pass = _LayerPass(setup, hidden, cos, sin, k, v, start, timer)
+    layer_pass = _LayerPass(setup, hidden, tables, k, v, start, timer)
     last = len(setup.layers) - 1
     try:
         for number in range(len(setup.layers)):
@@ -119,8 +119,7 @@ class _LayerPass:
 
     setup: PrefillSetup
     hidden: HiddenStates
-    cos: torch.Tensor  # float32 [T, D/2]
-    sin: torch.Tensor
+    tables: list[tuple[torch.Tensor, torch.Tensor]]  # of every layer: cos and sin, float32 [T, D/2]
     k: torch.Tensor  # [S, Hkv, D]: the layer's exact keys, cached ones included
     v: torch.Tensor
     start: int  # cached tokens before the prompt
@@ -129,17 +128,20 @@ class _LayerPass:
     def keys_and_values(self, number: int, products: Products, spans: list[Chunk]) -> None:
         layer, spec = self.setup.layers[number], self.setup.model.spec
         product = products.qkv.rows(spec.q_size, spec.q_size + 2 * spec.kv_size)
+        cos, sin = self.tables[number]
         for begin, end, x in self.hidden.chunks(spans, write=False):
             normed = product.normed(x, layer.input_norm)
             with part(self.timer, "gemm"):
-                both = product(normed).unflatten(1, (2, spec.num_kv_heads, spec.head_dim))
+                both = product(normed)
+            layer.norm_whole(both[:, : spec.kv_size], layer.k_norm)
+            both = both.unflatten(1, (2, spec.num_kv_heads, spec.head_dim))
             rows = slice(self.start + begin, self.start + end)
-            rotary(both[:, 0], self.cos[begin:end], self.sin[begin:end], norm=layer.k_norm, out=self.k[rows])
+            rotary(both[:, 0], cos[begin:end], sin[begin:end], norm=layer.head_norms[1], out=self.k[rows])
             self.v[rows] = both[:, 1]
 
     def queries(self, number: int, products: Products, spans: list[Chunk]) -> None:
         pooled = None
-        if self.setup.policy.kind == "hybrid":
+        if self.setup.policy.kind == "hybrid" and self.setup.layers[number].window is None:
             with part(self.timer, "selection"):
                 pooled = pool_keys(self.k, self.setup.policy.pool)
         for begin, end, x in self.hidden.chunks(spans, write=True):
@@ -160,18 +162,22 @@ class _LayerPass:
         product = products.qkv.rows(0, spec.q_size)
         normed = product.normed(x, layer.input_norm)
         with part(self.timer, "gemm"):
-            q = product(normed).unflatten(1, (spec.num_heads, spec.head_dim))
+            q = product(normed)
         del normed
-        rotary(q, self.cos[begin:end], self.sin[begin:end], norm=layer.q_norm, out=q)
+        layer.norm_whole(q, layer.q_norm)
+        q = q.unflatten(1, (spec.num_heads, spec.head_dim))
+        cos, sin = self.tables[number]
+        rotary(q, cos[begin:end], sin[begin:end], norm=layer.head_norms[0], out=q)
         first, last = self.start + begin, self.start + end
         attended = prefill_attention(
             q, self.k[:last], self.v[:last], q_offset=first, total=len(self.k), policy=setup.policy,
-            alpha=setup.alpha[number], pooled=pooled, timer=self.timer,
+            alpha=setup.alpha[number], pooled=pooled, window=layer.window, timer=self.timer,
         )  # fmt: skip
         taken = products.o.taken(attended)
         with part(self.timer, "gemm"):
             delta = products.o(taken)
         del q, attended, taken
+        delta = layer.normed_out(delta, layer.attn_out_norm)
         for row in range(0, end - begin, MLP_ROWS):
             rows = slice(row, row + MLP_ROWS)
             self._mlp(products, layer, x[rows], delta[rows])
@@ -181,19 +187,22 @@ class _LayerPass:
         normed = products.gate_up.normed(x, layer.mlp_norm, delta)
         with part(self.timer, "gemm"):
             gate_up = products.gate_up(normed)
-        gated = products.down.gated(gate_up)
+        gated = products.down.gated(gate_up, layer.activation)
         del normed, gate_up
         with part(self.timer, "gemm"):
             out = products.down(gated)
-        x += out
+        x += layer.normed_out(out, layer.mlp_out_norm)
 
 
-def _tables(model: Decoder, start: int, total: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary tables of positions start..total, float32 [T, D/2] each."""
-    half = model.spec.head_dim // 2
-    cos, sin = (torch.empty(total - start, half, device=device) for _ in range(2))
-    for begin in range(start, total, _TABLE_ROWS):
-        positions = torch.arange(begin, min(begin + _TABLE_ROWS, total), device=device)
-        rows = slice(begin - start, begin - start + len(positions))
-        cos[rows], sin[rows] = cos_sin(model.spec.rope, model.spec.head_dim, positions)
-    return cos, sin
+def _tables(model: Decoder, start: int, total: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Rotary tables of positions start..total for every layer, float32 [T, D/2] each; equal ones are shared."""
+    spec = model.spec
+    tables = {}
+    for rope in spec.ropes:
+        cos, sin = (torch.empty(total - start, spec.head_dim // 2, device=device) for _ in range(2))
+        for begin in range(start, total, _TABLE_ROWS):
+            positions = torch.arange(begin, min(begin + _TABLE_ROWS, total), device=device)
+            rows = slice(begin - start, begin - start + len(positions))
+            cos[rows], sin[rows] = cos_sin(rope, spec.head_dim, positions)
+        tables[rope] = cos, sin
+    return [tables[spec.rope_of(number)] for number in range(spec.num_layers)]

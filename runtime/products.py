@@ -24,6 +24,7 @@ from lcconvert.runtime.linear import Fp8Linear, Int4Linear
 from lcconvert.runtime.model import Layer, RMSNorm
 
 Gemm = Literal["16-bit", "fp8"]
+Norm = tuple[torch.Tensor, float]  # the factor [H], eps
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # [M, K], or its e4m3 codes and float32 scales [M, 1]
 MANY = SMALL_M + 1  # rows from which a product is worth expanding the weight
 
@@ -60,13 +61,20 @@ class Product:
         bias = None if self.bias is None else self.bias[begin:end]
         return replace(self, weight=self.weight[begin:end], scale=scale, bias=bias)
 
-    def normed(self, x: torch.Tensor, norm: RMSNorm, delta: torch.Tensor | None = None) -> Rows:
-        """Norm of x [M, H], after x += delta in place, in the form this product takes."""
-        return (rms_norm_fp8 if self.codes else rms_norm)(x, norm.weight, norm.eps, delta=delta)
+    def normed(self, x: torch.Tensor, norm: Norm | None, delta: torch.Tensor | None = None) -> Rows:
+        """Norm of x [M, H], after x += delta in place, in the form this product takes; x itself without a norm."""
+        if norm is not None:
+            return (rms_norm_fp8 if self.codes else rms_norm)(x, *norm, delta=delta)
+        if delta is not None:
+            x += delta
+        return self.taken(x)
 
-    def gated(self, gate_up: torch.Tensor) -> Rows:
-        """silu(gate) * up of [M, 2I] in the form this product takes."""
-        return (silu_mul_fp8 if self.codes else silu_mul)(gate_up)
+    def gated(self, gate_up: torch.Tensor, activation: str = "silu") -> Rows:
+        """silu(gate) * up of [M, 2I], or another activation's, in the form this product takes."""
+        if activation == "silu":
+            return (silu_mul_fp8 if self.codes else silu_mul)(gate_up)
+        gate, up = gate_up.float().chunk(2, dim=1)
+        return self.taken((F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype))
 
     def taken(self, x: torch.Tensor) -> Rows:
         """Plain rows in the form this product takes."""
@@ -84,17 +92,33 @@ class Products:
 
 
 class LayerWeights:
-    """One decoder layer, its neighbouring projections merged in place."""
+    """One decoder layer, its neighbouring projections merged in place. A norm that its family lacks is None."""
 
     def __init__(self, layer: Layer):
         attn, mlp = layer.self_attn, layer.mlp
-        self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.q_norm, self.k_norm = (
-            (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else None for norm in (attn.q_norm, attn.k_norm)
-        )
+        self.window, self.whole_norm, self.head_dim = layer.window, attn.whole_norm, attn.head_dim
+        self.activation = mlp.activation
+        self.input_norm, self.mlp_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self.attn_out_norm, self.mlp_out_norm = _norm(layer.post_self_attn_layernorm), _norm(layer.post_mlp_layernorm)
+        self.q_norm, self.k_norm = _norm(attn.q_norm), _norm(attn.k_norm)
         groups = [[attn.q_proj, attn.k_proj, attn.v_proj], [attn.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
-        dtype = self.input_norm.weight.dtype
+        dtype = next(layer.parameters()).dtype
         self._groups = [_merged(modules, dtype) for modules in groups]
+
+    @property
+    def head_norms(self) -> tuple[Norm | None, Norm | None]:
+        """The norms of q and k that are taken over each head."""
+        return (None, None) if self.whole_norm else (self.q_norm, self.k_norm)
+
+    def norm_whole(self, x: torch.Tensor, norm: Norm | None) -> None:
+        """Norms rows x [M, heads * D] in place, where q and k are normed over all heads together."""
+        if self.whole_norm and norm is not None:
+            x.copy_(rms_norm(x, *norm))
+
+    @staticmethod
+    def normed_out(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        """The norm of an output [M, H] before it is added; x itself without one."""
+        return x if norm is None else rms_norm(x, *norm)
 
     def few(self) -> Products:
         """For up to 16 rows. Neighbours that could not be merged get a joined copy: keep the result."""
@@ -103,6 +127,10 @@ class LayerWeights:
     def many(self, gemm: Gemm) -> Products:
         """For a prefill: int4 weights expanded to e4m3 ("fp8") or to the activation dtype."""
         return Products(*(_joined(group, gemm) for group in self._groups))
+
+
+def _norm(module: nn.Module) -> Norm | None:
+    return (module.factor, module.eps) if isinstance(module, RMSNorm) else None
 
 
 def _merged(modules: list[nn.Module], dtype: torch.dtype) -> list[Product]:

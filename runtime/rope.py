@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lcconvert.runtime.errors import UserError
 
@@ -27,7 +28,12 @@ _NEEDS = {
     "longrope": ("long_factor", "original_max_position"),
     "llama3": ("factor", "original_max_position", "low_freq_factor", "high_freq_factor"),
 }
-_CONFIG_NAME = {"original_max_position": "original_max_position_embeddings", "theta": "rope_theta", "kind": "rope_type"}
+_CONFIG_NAME = {
+    "original_max_position": "original_max_position_embeddings",
+    "theta": "rope_theta",
+    "kind": "rope_type",
+    "partial": "partial_rotary_factor",
+}
 _READ_NAME = {v: k for k, v in _CONFIG_NAME.items()} | {"type": "kind"}
 
 
@@ -37,7 +43,8 @@ class RopeSpec:
 
     `factor` is the stretch s = L'/L; `attention_factor` multiplies cos and sin (None: the paper's formula for yarn
     and longrope, 1 otherwise); betas are in rotations over the original window (YaRN, arXiv 2309.00071); `short_factor`
-    and `long_factor` divide the frequencies, one per pair (LongRoPE, arXiv 2402.13753).
+    and `long_factor` divide the frequencies, one per pair (LongRoPE, arXiv 2402.13753). `partial` is the share of a
+    head's channels that turn: the rest have frequency 0, and all of them with `partial` 0, a layer without RoPE.
     """
 
     kind: str = "default"
@@ -54,6 +61,7 @@ class RopeSpec:
     high_freq_factor: float | None = None
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    partial: float = 1.0
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RopeSpec:
@@ -65,9 +73,8 @@ class RopeSpec:
         if not isinstance(scaling, dict):
             raise UserError(f"config.json: rope_parameters is {scaling!r}, expected an object")
         found.update({k: v for k, v in scaling.items() if v is not None})
-        partial = found.pop("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
-        if partial != 1.0:
-            raise UserError(f"config.json: partial_rotary_factor is {partial}, only 1.0 is supported")
+        if config.get("partial_rotary_factor") is not None:
+            found.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {}
         for key, value in found.items():
@@ -86,13 +93,20 @@ class RopeSpec:
             )
         if kind not in KINDS:
             raise UserError(f"config.json: rope type is {kind!r}, expected one of {', '.join(KINDS)}")
-        if kind in ("yarn", "longrope", "llama3") and "original_max_position" not in values:
-            top = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-            values["original_max_position"] = top
+        if kind in ("yarn", "longrope", "llama3"):
+            top = config.get("original_max_position_embeddings")
+            if top and values.setdefault("original_max_position", top) != top:
+                raise UserError(
+                    f"config.json: original_max_position_embeddings is {top} and {values['original_max_position']} in "
+                    "the RoPE fields; they must agree, correct one"
+                )
+            values.setdefault("original_max_position", config.get("max_position_embeddings"))
         if kind == "longrope" and "factor" not in values and config.get("max_position_embeddings"):
             values["factor"] = config["max_position_embeddings"] / values["original_max_position"]
         if missing := [_CONFIG_NAME.get(n, n) for n in _NEEDS[kind] if values.get(n) is None]:
             raise UserError(f"config.json: rope type {kind!r} needs {missing[0]}, which is absent; add it")
+        if not 0 < float(values.get("partial", 1.0)) <= 1:
+            raise UserError(f"config.json: partial_rotary_factor is {values['partial']}, expected a share of a head")
         return cls(**values)
 
     def to_config(self) -> dict[str, Any]:
@@ -109,12 +123,18 @@ class RopeSpec:
                 value = self.attention_scale
             if value is not None:
                 scaling[_CONFIG_NAME.get(name, name)] = list(value) if isinstance(value, tuple) else value
+        partial = {} if self.partial == 1 else {"partial_rotary_factor": self.partial}
         legacy = None if self.kind == "default" else dict(scaling)
         return {
             "rope_theta": self.theta,
             "rope_scaling": legacy,
-            "rope_parameters": {"rope_theta": self.theta, **scaling},
+            "rope_parameters": {"rope_theta": self.theta, **scaling, **partial},
+            **partial,
         }
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Channels of a head that turn."""
+        return int(head_dim * self.partial)
 
     @property
     def attention_scale(self) -> float:
@@ -144,29 +164,31 @@ def _mscale(factor: float, weight: float = 1.0) -> float:
 
 
 def inv_freq(rope: RopeSpec, head_dim: int) -> tuple[torch.Tensor, float]:
-    """Frequencies in radians per token, float32 [head_dim/2], and the factor on cos and sin.
+    """Frequencies in radians per token, float32 [head_dim/2], and the factor on cos and sin of those that are not 0.
 
     The float32 operations and their order are those of transformers' `ROPE_INIT_FUNCTIONS`, so the values are equal
-    to the bit; tests hold this for every kind.
+    to the bit; tests hold this for every kind. Channels that do not turn come last.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim  # [D/2]
-    wave = rope.theta**exponent  # [D/2]
+    dim = rope.rotary_dim(head_dim)
+    exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim  # [R/2] of the R channels that turn
+    wave = rope.theta**exponent
     if rope.kind == "default":
         freq = 1.0 / wave
     elif rope.kind == "linear":
         freq = 1.0 / wave / rope._factor
     elif rope.kind == "yarn":
-        freq = _yarn(rope, wave, head_dim)
+        freq = _yarn(rope, wave, dim)
     elif rope.kind == "longrope":
         assert rope.long_factor is not None
-        if len(rope.long_factor) != head_dim // 2:
+        if len(rope.long_factor) != dim // 2:
             raise UserError(
-                f"config.json: long_factor has {len(rope.long_factor)} values, expected {head_dim // 2} (head_dim / 2)"
+                f"config.json: long_factor has {len(rope.long_factor)} values, expected {dim // 2}, half of the "
+                "channels that turn"
             )
         freq = 1.0 / (torch.tensor(rope.long_factor, dtype=torch.float32) * wave)
     else:
         freq = _llama3(rope, 1.0 / wave)
-    return freq, rope.attention_scale
+    return F.pad(freq, (0, head_dim // 2 - len(freq))), rope.attention_scale
 
 
 def _yarn(rope: RopeSpec, wave: torch.Tensor, dim: int) -> torch.Tensor:
@@ -210,7 +232,8 @@ def rotation(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`cos_sin` from frequencies float64 [D/2] that are on the positions' device already, as a CUDA graph needs."""
     angle = positions.to(torch.float64)[..., None] * freq
-    return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
+    scales = torch.full_like(freq, scale).masked_fill_(freq == 0, 1.0)  # what does not turn is not scaled either
+    return (angle.cos() * scales).to(dtype), (angle.sin() * scales).to(dtype)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,25 +1,26 @@
-"""What a decoder is, read from an HF config.json. A new family is a row in `_FAMILIES`, never a copied model file."""
+"""What a decoder is, read from an HF config.json. A new family is a row in `families`, never a copied model file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.families import Family, family_of
 from lcconvert.runtime.rope import RopeSpec
 
-# architecture -> (family, default qkv bias, q/k norm); config.json may override the bias (`attention_bias`)
-_FAMILIES = {
-    "LlamaForCausalLM": ("llama", False, False),
-    "MistralForCausalLM": ("mistral", False, False),
-    "Qwen2ForCausalLM": ("qwen2", True, False),
-    "Qwen3ForCausalLM": ("qwen3", False, True),
-}
+_ACTIVATIONS: dict[str, Literal["silu", "gelu"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
+_TYPES = {"full_attention": False, "sliding_attention": True}
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shapes and switches of one decoder; `max_position` is the configured context in tokens."""
+    """Shapes and switches of one decoder; `max_position` is the configured context in tokens.
+
+    Which layers have a sliding `window` (tokens that a query sees, its own included) and which do not turn q and k at
+    all is told by layer: `window_of`, `rope_of`. `local_rope` is that of windowed layers where it is another.
+    `query_gain` multiplies the scores, beside 1/sqrt(head_dim).
+    """
 
     family: str
     hidden_size: int
@@ -39,55 +40,80 @@ class ModelSpec:
     tied_head: bool
     eos_ids: tuple[int, ...]
     bos_id: int | None
+    qk_norm_whole: bool = False  # over all heads together
+    pre_norms: bool = True
+    post_norms: bool = False
+    norm_shift: float = 0.0
+    query_gain: float = 1.0
+    embed_scale: float = 1.0
+    activation: Literal["silu", "gelu"] = "silu"
+    interleaved: bool = False  # as stored: the decoder turns halves
+    window: int | None = None
+    windowed: tuple[int, ...] = ()  # numbers of the layers with the window
+    unrotated: tuple[int, ...] = ()
+    local_rope: RopeSpec | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ModelSpec:
-        """Raises UserError for an architecture or a feature this decoder does not compute exactly."""
-        architectures = config.get("architectures") or []
-        if not isinstance(architectures, list) or not architectures:
-            raise UserError(f"config.json: architectures is absent, expected one of {', '.join(_FAMILIES)}; add it")
-        if architectures[0] not in _FAMILIES:
-            raise UserError(
-                f"config.json: architecture is {architectures[0]!r}, which is not supported; "
-                f"supported are {', '.join(_FAMILIES)}"
-            )
-        family, qkv_bias, qk_norm = _FAMILIES[architectures[0]]
-        attention_bias = bool(config.get("attention_bias", False))
-        if (act := config.get("hidden_act", "silu")) != "silu":
-            raise UserError(f"config.json: hidden_act is {act!r}, only 'silu' is supported")
-        heads = _positive(config, "num_attention_heads")
-        hidden = _positive(config, "hidden_size")
+        """Raises UserError for an architecture, a field or a value that this decoder does not compute exactly."""
+        family = family_of(config)
+        values = family.read(config)
+        act_key = "hidden_act" if "hidden_act" in family.defaults else "hidden_activation"
+        if (act := values[act_key]) not in _ACTIVATIONS:
+            raise UserError(f"config.json: {act_key} is {act!r}, supported are {', '.join(_ACTIVATIONS)}")
+        heads = _positive(values, "num_attention_heads")
+        hidden = _positive(values, "hidden_size")
+        layers = _positive(values, "num_hidden_layers")
+        head_dim = values["head_dim"] or hidden // heads
+        attention_bias = bool(values.get("attention_bias", False))
+        unrotated = _unrotated(values, layers) if family.unrotated else ()
+        windowed = _windowed(family, values, layers, unrotated)
+        window = _positive(values, "sliding_window") if windowed else None
+        beyond = window is not None and window >= _positive(values, "max_position_embeddings")
+        if beyond and not family.local_rope:
+            window, windowed = None, ()  # limits nothing
+        rope, local_rope = _ropes(family, values)
         spec = cls(
-            family=family,
+            family=family.name,
             hidden_size=hidden,
-            intermediate_size=_positive(config, "intermediate_size"),
-            num_layers=_positive(config, "num_hidden_layers"),
+            intermediate_size=_positive(values, "intermediate_size"),
+            num_layers=layers,
             num_heads=heads,
-            num_kv_heads=_positive(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocab_size=_positive(config, "vocab_size"),
-            rms_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope=RopeSpec.from_config(config),
-            max_position=_positive(config, "max_position_embeddings"),
-            qkv_bias=qkv_bias or attention_bias,
-            o_bias=attention_bias and family in ("llama", "qwen3"),
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            qk_norm=qk_norm,
-            tied_head=bool(config.get("tie_word_embeddings", False)),
-            eos_ids=_ids(config.get("eos_token_id")),
-            bos_id=config.get("bos_token_id"),
+            num_kv_heads=_positive(values, "num_key_value_heads") if values["num_key_value_heads"] else heads,
+            head_dim=head_dim,
+            vocab_size=_positive(values, "vocab_size"),
+            rms_eps=float(values["rms_norm_eps"]),
+            rope=rope,
+            max_position=_positive(values, "max_position_embeddings"),
+            qkv_bias=family.qkv_bias or attention_bias,
+            o_bias=attention_bias and family.o_bias,
+            mlp_bias=bool(values.get("mlp_bias", False)),
+            qk_norm=family.qk_norm != "none",
+            tied_head=bool(values["tie_word_embeddings"]),
+            eos_ids=_ids(values["eos_token_id"]),
+            bos_id=values["bos_token_id"],
+            qk_norm_whole=family.qk_norm == "width",
+            pre_norms=family.pre_norms,
+            post_norms=family.post_norms,
+            norm_shift=family.norm_shift,
+            query_gain=(head_dim / values.get("query_pre_attn_scalar", head_dim)) ** 0.5,
+            embed_scale=hidden**0.5 if family.scaled_embeddings else 1.0,
+            activation=_ACTIVATIONS[act],
+            interleaved=family.interleaved,
+            window=window,
+            windowed=windowed,
+            unrotated=unrotated,
+            local_rope=local_rope if windowed else None,
         )
         if spec.num_heads % spec.num_kv_heads:
             raise UserError(
                 f"config.json: num_attention_heads {spec.num_heads} is not a multiple of "
                 f"num_key_value_heads {spec.num_kv_heads}; one of them is wrong"
             )
-        window = config.get("sliding_window")
-        windowed = family == "mistral" or bool(config.get("use_sliding_window", False))
-        if windowed and window and window < spec.max_position:
+        if rope.rotary_dim(head_dim) % 2:
             raise UserError(
-                f"config.json: sliding_window is {window}, less than max_position_embeddings {spec.max_position}; "
-                "sliding-window layers are not supported, set sliding_window to null if the model was not trained so"
+                f"config.json: {rope.rotary_dim(head_dim)} of {head_dim} channels of a head would turn, expected an "
+                "even number; correct partial_rotary_factor"
             )
         return spec
 
@@ -104,15 +130,124 @@ class ModelSpec:
         """K and V values over all layers that one token adds to the cache."""
         return 2 * self.num_layers * self.kv_size
 
+    def window_of(self, layer: int) -> int | None:
+        """Tokens a query of `layer` sees, its own included; None for all."""
+        return self.window if layer in self.windowed else None
+
+    def rope_of(self, layer: int) -> RopeSpec:
+        """What turns q and k of `layer`; with `partial` 0 nothing does."""
+        if layer in self.unrotated:
+            return RopeSpec(partial=0.0)
+        return self.local_rope if self.local_rope is not None and layer in self.windowed else self.rope
+
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """The different tables that the layers use."""
+        return tuple(dict.fromkeys(self.rope_of(layer) for layer in range(self.num_layers)))
+
+    @property
+    def beyond_plain(self) -> tuple[str, ...]:
+        """What a decoder of the Llama and Qwen kind does not have, in words; empty for those."""
+        window = f"a window of {self.window} tokens in {len(self.windowed)} of {self.num_layers} layers"
+        found = {
+            window: bool(self.windowed),
+            "RoPE of their own in those layers": self.local_rope is not None,
+            f"no RoPE in {len(self.unrotated)} of {self.num_layers} layers": bool(self.unrotated),
+            f"RoPE on {self.rope.rotary_dim(self.head_dim)} of {self.head_dim} channels": self.rope.partial != 1,
+            "RoPE on neighbouring channels": self.interleaved,
+            "norms of q and k over all heads": self.qk_norm_whole,
+            "norms of outputs": self.post_norms,
+            "no norms of inputs": not self.pre_norms,
+            "norm weights counted from 1": self.norm_shift != 0,
+            f"scores scaled by {self.query_gain:g} more": self.query_gain != 1,
+            f"embeddings scaled by {self.embed_scale:g}": self.embed_scale != 1,
+            f"{self.activation} in the MLP": self.activation != "silu",
+        }
+        return tuple(text for text, present in found.items() if present)
+
     def parameters(self) -> int:
         """Number of weights, the embedding counted once when the head is tied."""
         h, m = self.hidden_size, self.intermediate_size
         attention = h * (self.q_size + 2 * self.kv_size) + self.q_size * h
         attention += (self.q_size + 2 * self.kv_size if self.qkv_bias else 0) + (h if self.o_bias else 0)
-        attention += 2 * self.head_dim if self.qk_norm else 0
+        if self.qk_norm:
+            attention += self.q_size + self.kv_size if self.qk_norm_whole else 2 * self.head_dim
         mlp = 3 * h * m + (2 * m + h if self.mlp_bias else 0)
+        norms = 2 * h * (self.pre_norms + self.post_norms)
         embeddings = self.vocab_size * h * (1 if self.tied_head else 2)
-        return self.num_layers * (attention + mlp + 2 * h) + h + embeddings
+        return self.num_layers * (attention + mlp + norms) + h + embeddings
+
+
+def _windowed(family: Family, values: dict[str, Any], layers: int, unrotated: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of the layers with a sliding window."""
+    if family.windows == "none":
+        return ()
+    if family.windows == "all":
+        return tuple(range(layers)) if values["sliding_window"] is not None else ()
+    switched_off = not values.get("use_sliding_window", True) or values["sliding_window"] is None
+    if (types := values["layer_types"]) is not None:
+        if not isinstance(types, list) or len(types) != layers or any(kind not in _TYPES for kind in types):
+            raise UserError(
+                f"config.json: layer_types is {types!r}, expected {' or '.join(_TYPES)} for each of {layers} layers"
+            )
+        chosen = tuple(number for number, kind in enumerate(types) if _TYPES[kind])
+        if chosen and switched_off:
+            raise UserError(
+                "config.json: layer_types has sliding_attention but the window is switched off by sliding_window or "
+                "use_sliding_window; correct one of them"
+            )
+        return chosen
+    if switched_off:
+        return ()
+    if family.windows == "unrotated":
+        return unrotated
+    if family.windows == "late":
+        return tuple(range(values["max_window_layers"], layers))
+    period = values.get("sliding_window_pattern") or family.pattern
+    return tuple(number for number in range(layers) if (number + 1) % period)
+
+
+def _unrotated(values: dict[str, Any], layers: int) -> tuple[int, ...]:
+    """Numbers of the layers without RoPE: those with a 0 in `no_rope_layers`, or the last one of each interval."""
+    rotated = values["no_rope_layers"]
+    if rotated is None:
+        interval = _positive(values, "no_rope_layer_interval")
+        return tuple(number for number in range(layers) if (number + 1) % interval == 0)
+    if not isinstance(rotated, list) or len(rotated) < layers:
+        raise UserError(f"config.json: no_rope_layers is {rotated!r}, expected a 0 or 1 for each of {layers} layers")
+    return tuple(number for number in range(layers) if not rotated[number])
+
+
+def _ropes(family: Family, values: dict[str, Any]) -> tuple[RopeSpec, RopeSpec | None]:
+    """The RoPE of full layers, and that of windowed ones where the family has one of its own."""
+    local = None
+    both = values["rope_parameters"]
+    if not family.local_rope:
+        rope = RopeSpec.from_config(values)
+    else:
+        # Newer files nest both under the layer types; older ones scale the full layers only.
+        own = {"rope_theta": values.get("rope_local_base_freq", values["rope_theta"]), "rope_scaling": None}
+        nested = isinstance(both, dict) and bool(set(both) & set(_TYPES))
+        if both and not nested:
+            raise UserError(
+                f"config.json: rope_parameters is {both!r}, expected one object under each of {', '.join(_TYPES)}"
+            )
+        full, sliding = ((both or {}).get(kind) or {} for kind in _TYPES)
+        if stray := set(both or {}) - set(_TYPES):
+            raise UserError(f"config.json: rope_parameters has {sorted(stray)[0]!r} beside the layer types; remove it")
+        rope = RopeSpec.from_config({**values, "rope_parameters": full or None})
+        local = RopeSpec.from_config({**values, **own, "rope_parameters": sliding or None})
+    for each in (rope, local):
+        if each is not None and each.kind not in family.rope_kinds:
+            raise UserError(
+                f"config.json: rope type is {each.kind!r}, which {family.name} models do not have; "
+                f"theirs are {', '.join(family.rope_kinds)}"
+            )
+        if each is not None and each.partial != 1 and not family.partial:
+            raise UserError(
+                f"config.json: partial_rotary_factor is {each.partial}, only 1.0 is supported for {family.name}"
+            )
+    return rope, None if local == rope else local
 
 
 def _positive(config: dict[str, Any], key: str) -> int:

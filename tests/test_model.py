@@ -151,10 +151,3 @@ def test_config_faults_name_the_field(tmp_path: Path, change: dict, message: str
     config = json.loads((tmp_path / "config.json").read_text()) | change
     with pytest.raises(UserError, match=message):
         ModelSpec.from_config(config)
-
-
-def test_sliding_window_is_refused(tmp_path: Path) -> None:
-    tiny_model("mistral").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"sliding_window": 512}
-    with pytest.raises(UserError, match="sliding_window is 512"):
-        ModelSpec.from_config(config)

@@ -1,0 +1,132 @@
+"""One row for each model family: the tiny random checkpoint that transformers writes of it.
+
+Small enough that windows end, pages close and layers differ within a few hundred tokens. Test files that hold
+something for every family take their rows from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny import write_tokenizer
+
+WINDOW = 150  # tokens: more than a page, no multiple of one
+TOKENS = 390
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 256,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+_LONGROPE = {  # transformers takes short_factor below 64 tokens, long_factor above; this decoder always the latter
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0 + 0.25 * i for i in range(6)],
+    "long_factor": [1.0 + 0.5 * i for i in range(6)],
+    "partial_rotary_factor": 0.75,
+}
+_GEMMA = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+_OLMO = {
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "original_max_position_embeddings": 256,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": 1.2,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+}
+_HYBRID = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+
+# row -> (model_type, what differs from the common shape)
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": True}),
+    "llama-3.1": ("llama", {"rope_parameters": _LLAMA3}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "mistral-window": ("mistral", {"sliding_window": WINDOW, "head_dim": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3-biases": ("qwen3", {"head_dim": 32, "attention_bias": True}),
+    "phi3": ("phi3", {"sliding_window": WINDOW}),
+    "phi4": ("phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 64}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {**_HYBRID, "rope_parameters": _OLMO}),
+    "glm4": ("glm4", {"head_dim": 32, "rope_parameters": {**_SHAPE["rope_parameters"], "partial_rotary_factor": 0.5}}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **_HYBRID,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": _GEMMA,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint on disk, float32, the model it was written from, and that one's logits [TOKENS, V] for `ids`."""
+
+    folder: Path
+    oracle: transformers.PreTrainedModel
+    ids: list[int]
+    logits: torch.Tensor
+
+
+def random_model(row: str) -> transformers.PreTrainedModel:
+    """Weights large enough that attention is not uniform; biases and norms are random too."""
+    model_type, differing = ROWS[row]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **(_SHAPE | differing))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(0, 0.1)
+            if "norm" in name and model_type != "gemma3_text":  # whose norms count from 1
+                weight.add_(1)
+    return model.eval()
+
+
+@cache
+def written(row: str, root: Path) -> Written:
+    """The row's checkpoint, made once for all tests of a session under its temporary folder `root`."""
+    folder = root / row
+    oracle = random_model(row)
+    oracle.save_pretrained(folder)
+    write_tokenizer(folder)
+    ids = torch.randint(4, 260, (1, TOKENS), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return Written(folder, oracle, ids[0].tolist(), oracle(ids).logits[0])
