@@ -340,9 +340,12 @@ def generate_command(src: str, **options: Any) -> None:
 @click.option("--haystack", help="Text to hide needles in; default: a bundled public-domain book.")
 @click.option("--perplexity-text", help="Text to measure perplexity on; default: the same book, another part.")
 @click.option("--perplexity-context", type=SIZE, help="Longest perplexity window.")
-@click.option("--tasks", help="RULER's synthetic tasks by name, kv, code_defines, code_callers; comma-separated.")
+@click.option(
+    "--tasks", help="RULER's eleven by name, qa, kv, graphwalks, copy, mrcr, nolima, code_defines, code_callers."
+)
 @click.option("--task-samples", type=int, help="Samples per task and length; default: 5.")
 @click.option("--source-tree", help="Folder of Python files that code tasks ask about.")
+@click.option("--qa-file", help='JSON Lines of {"question", "answers", "text"} that the task qa asks.')
 @click.option("--prompt-cache", help="Folder that keeps built task prompts for other runs.")
 @click.option("--endpoint", help="URL of an OpenAI-compatible server that answers the tasks instead of SRC.")
 @click.option("--endpoint-api", help="completions (token ids, default) or chat.")

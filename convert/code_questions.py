@@ -109,7 +109,7 @@ def _collect(node: ast.AST, inside: str | None, calls: dict[str, set[str]]) -> N
 
 def _code(callers: bool) -> Callable[[Case], Callable[[int], Draft]]:
     def prepare(case: Case) -> Callable[[int], Draft]:
-        if case.source is None:
+        if not isinstance(case.source, SourceTree):
             raise UserError(f"{case.task} asks about a source tree; give --source-tree FOLDER")
         tree = case.source
         files = list(tree.files)

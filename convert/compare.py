@@ -94,24 +94,21 @@ def render_needles(report: dict[str, Any]) -> str:
 
 
 def render_tasks(report: dict[str, Any]) -> str:
-    """Aligned plain text, a line per task: right by the strict rule of asked, RULER's score, at every length."""
+    """Aligned plain text, a line per task: right by the strict rule of asked, and the mean score, at every length."""
     tasks = Report.model_validate(report).tasks
     assert tasks is not None
     lengths = sorted({cell.length for cell in tasks.cells})
     lines = [["task", *(f"at {format_count(n)}" for n in lengths), "keeps 85% to"]]
     for name, kept in tasks.effective.items():
         cells = {cell.length: cell for cell in tasks.cells if cell.task == name}
-        lines.append(
-            [name, *(_score(cells[n], tasks.metrics[name]) for n in lengths), format_count(kept) if kept else "-"]
-        )
-    return _aligned(lines) + "\n(strict right/asked, 95% interval; RULER's score)"
+        lines.append([name, *(_score(cells[n]) for n in lengths), format_count(kept) if kept else "-"])
+    return _aligned(lines) + "\n(strict right/asked, 95% interval; mean score)"
 
 
-def _score(cell: TaskCell, metric: str) -> str:
-    ruler = cell.part if metric == "part" else cell.all
-    if ruler is None:
+def _score(cell: TaskCell) -> str:
+    if cell.score is None:
         return cell.state
-    return f"{cell.strict}/{cell.n} ({cell.low:.0%}-{cell.high:.0%}); {ruler:.0%}"
+    return f"{cell.strict}/{cell.n} ({cell.low:.0%}-{cell.high:.0%}); {cell.score:.0%}"
 
 
 def _aligned(lines: list[list[str]]) -> str:

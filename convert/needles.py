@@ -263,7 +263,7 @@ def _run_context(
                             "answer": answer.text,
                             "finish": answer.finish,
                             "tokens": answer.tokens,
-                            "contains": verdict.contains,
+                            "contains": verdict.score,
                             "strict": verdict.strict,
                             "outcome": "error" if answer.error else verdict.outcome,
                             "error": answer.error,

@@ -118,16 +118,15 @@ class Third(_Row):
 
 
 class TaskCell(_Row):
-    """One task at one length. `all` and `part` are RULER's scores (means over samples), `strict` counts samples with
-    every answer right by the rule of scoring.py; `twin_kept` of the `twin_found` samples that were right at the
+    """One task at one length. `score` is the mean by the task's metric, `strict` counts the samples that are right by
+    the rule of scoring.py; `twin_kept` of the `twin_found` samples that were right at the
     shortest length are right here. `thirds`: beginning, middle, end, for tasks with one planted answer."""
 
     task: str
     length: int
     state: CellState
     n: int = 0
-    all: float | None = None
-    part: float | None = None
+    score: float | None = None
     strict: int = 0
     wrong: int = 0
     empty: int = 0
@@ -165,6 +164,7 @@ class Tasks(_Row):
     metrics: dict[str, str]
     max_new_tokens: dict[str, int]
     source_tree: str | None
+    qa_file: str | None
     cells: list[TaskCell]
     effective: dict[str, int | None]
     control: TaskControl

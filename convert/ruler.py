@@ -15,10 +15,11 @@ import string
 import uuid
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeVar
 
 from lcconvert.convert.tasks import Ask, Case, Draft, Task
 
+T = TypeVar("T")
 _DEPTHS = tuple(i / 39 for i in range(40))
 _ABSENT = 24  # candidates for the question that has no answer in the text
 _NOISE = (
@@ -62,7 +63,7 @@ _FWE_LEAST = 100  # words; with fewer the first ranks of the zeta law do not dif
 _ZETA_2 = 1.6449340668482264  # sum of 1/k^2
 
 
-def grow(items: list[str], n: int, new: Callable[[], str]) -> None:
+def grow(items: list[T], n: int, new: Callable[[], T]) -> None:
     """Adds to `items` until there are n; what was there stays, so every draft begins like a longer one."""
     while len(items) < n:
         items.append(new())
@@ -110,7 +111,7 @@ def _niah(
 
         def draft(n: int) -> Draft:
             if haystack != "needles":
-                body, spare, repetition = _text(case, n, noise=haystack == "noise")
+                body, spare, repetition = text_units(case, n, noise=haystack == "noise")
             else:
                 grow(
                     distractors,
@@ -118,7 +119,7 @@ def _niah(
                     lambda: _FACT.format(values=kinds[1], key=other_key(), value=new_value(rest)),
                 )
                 body, spare, repetition = distractors[: n + 1], "", 1.0
-            return Draft(head, _plant(body, facts), ask(asked, answers), absent, depths, spare, repetition)
+            return Draft(head, plant(body, facts), ask(asked, answers), absent, depths, spare, repetition)
 
         return draft
 
@@ -129,7 +130,7 @@ def _join(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def _text(case: Case, n: int, *, noise: bool) -> tuple[list[str], str, float]:
+def text_units(case: Case, n: int, *, noise: bool) -> tuple[list[str], str, float]:
     """n sentences of noise or haystack, the one after them, and how often the haystack was read."""
     source = _NOISE if noise else case.sentences
     start = 0 if noise else case.start
@@ -139,7 +140,7 @@ def _text(case: Case, n: int, *, noise: bool) -> tuple[list[str], str, float]:
     return sentences, source[(start + n) % size], 1.0 if noise else max(1.0, n / size)
 
 
-def _plant(body: list[str], facts: list[tuple[float, str]]) -> list[str]:
+def plant(body: list[str], facts: list[tuple[float, str]]) -> list[str]:
     """Puts each fact before the unit at its share of `body`; equal shares keep their order."""
     units: list[str] = []
     done = 0
@@ -171,15 +172,15 @@ def _vt(case: Case) -> Callable[[int], Draft]:
         return Ask(_VT_QUESTION.format(value=value), _VT_PREFIX.format(value=value, count=count), answers)
 
     example = ask(shown_value, ())
-    text = _plant(_text(case, 10, noise=True)[0], [(i / len(lines), line) for i, line in enumerate(shown_lines)])
+    text = plant(text_units(case, 10, noise=True)[0], [(i / len(lines), line) for i, line in enumerate(shown_lines)])
     head = _VT_HEAD + "".join(text).lstrip() + f"{example.question}\n\n{example.prefix} {', '.join(shown)}.\n\n\n"
     head += _VT_HEAD
     absent = tuple(ask(other, tuple(names)) for other in unplanted if other not in (value, shown_value))
 
     def draft(n: int) -> Draft:
-        body, spare, _ = _text(case, n, noise=True)
+        body, spare, _ = text_units(case, n, noise=True)
         return Draft(
-            head, _plant(body, list(zip(places, lines))), ask(value, tuple(names)), absent, tuple(places), spare
+            head, plant(body, list(zip(places, lines))), ask(value, tuple(names)), absent, tuple(places), spare
         )
 
     return draft

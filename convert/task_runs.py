@@ -22,6 +22,7 @@ from lcconvert.convert.cost import is_out_of_memory, synchronize
 from lcconvert.convert.endpoint import Asker
 from lcconvert.convert.needles import Answer, ask
 from lcconvert.convert.prompt_parts import prompt_mode
+from lcconvert.convert.qa import QaFile
 from lcconvert.convert.results import CellState, TaskCell, TaskControl, Tasks, Third
 from lcconvert.convert.samples import SampleLog, sample_key
 from lcconvert.convert.scoring import Kind, candidates, score, wilson
@@ -73,6 +74,7 @@ class TaskPlan:
     seed: int
     sentences: list[str] = field(repr=False)
     source: SourceTree | None = field(default=None, repr=False)
+    questions: QaFile | None = field(default=None, repr=False)
     cache: Path | None = None
 
     def cases(self) -> Iterator[Case]:
@@ -80,7 +82,7 @@ class TaskPlan:
         half = len(self.sentences) // 2
         for length in self.lengths:
             for name in self.names:
-                source = self.source if name.startswith("code_") else None
+                source = self.source if name.startswith("code_") else self.questions if name == "qa" else None
                 for sample in range(self.samples):
                     start = random.Random(f"{self.seed}/{sample}/start").randrange(half, len(self.sentences))
                     yield Case(name, length, sample, self.seed, self.sentences, start, source)
@@ -180,10 +182,10 @@ def _ask_case(target: Target, case: Case, prompt: TaskPrompt, base: Row, log: Sa
                     "error" if answer.error else "silent" if first is None else "other" if planted else "invented"
                 )
             else:
-                verdict = score(answer.text, references, finish=answer.finish, kind=task.kind)
+                verdict = score(answer.text, references, finish=answer.finish, kind=task.kind, metric=task.metric)
                 row |= {
                     "answers": references, "depths": prompt.depths, "repetition": prompt.repetition,
-                    "contains": verdict.contains, "part": verdict.part, "strict": verdict.strict,
+                    "score": verdict.score, "strict": verdict.strict,
                     "outcome": "error" if answer.error else verdict.outcome,
                 }  # fmt: skip
             log.add(case_key(base, case, control=control), row)
@@ -216,6 +218,7 @@ def tally_tasks(plan: TaskPlan, counter: Counter, base: Row, log: SampleLog, out
         metrics={name: TASKS[name].metric for name in plan.names},
         max_new_tokens={name: TASKS[name].max_new_tokens for name in plan.names},
         source_tree=plan.source.name if plan.source else None,
+        qa_file=plan.questions.name if plan.questions else None,
         cells=cells,
         effective=effective,
         control=TaskControl(n=len(outcomes), **{name: outcomes.count(name) for name in TaskControl.outcomes()}),
@@ -234,8 +237,7 @@ def _cell(name: str, length: int, rows: list[Row], short: list[Row], absent: Cel
         length=length,
         state="measured" if n else absent,
         n=n,
-        all=sum(row["contains"] for row in rows) / n if n else None,
-        part=sum(row["part"] for row in rows) / n if n else None,
+        score=sum(row["score"] for row in rows) / n if n else None,
         strict=strict,
         wrong=outcomes.count("wrong"),
         empty=outcomes.count("empty"),

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 from lcconvert.convert.claim import replace_file
 from lcconvert.convert.prompt_parts import Ending, cut_to, padding, prompt_ids, split_prompt
 from lcconvert.convert.samples import sample_key
-from lcconvert.convert.scoring import Kind
+from lcconvert.convert.scoring import Kind, Metric
 from lcconvert.convert.words import key_names
 from lcconvert.runtime.errors import CheckFailed, UserError
 from lcconvert.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lcconvert.convert.code_questions import SourceTree
+    from lcconvert.convert.qa import QaFile
 
 # Version of the texts of all tasks; part of every sample's key. Change it with them.
 WORDING = "tasks-1"
@@ -60,7 +61,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Case:
-    """One sample of a task. `sentences` are the haystack in the order it is read; `source` the tree of code tasks."""
+    """One sample of a task. `sentences` are the haystack in the order it is read; `source` what else is read."""
 
     task: str
     length: int
@@ -68,7 +69,7 @@ class Case:
     seed: int
     sentences: Sequence[str] = field(repr=False, default=())
     start: int = 0
-    source: SourceTree | None = field(repr=False, default=None)
+    source: SourceTree | QaFile | None = field(repr=False, default=None)
 
     def rng(self, what: str = "") -> random.Random:
         """Independent of the length, so that samples of all lengths are twins."""
@@ -86,12 +87,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Task:
-    """`kind`: what an answer is made of (scoring.py); `metric`: RULER's rule for it."""
+    """`kind`: what an answer is made of, `metric`: how it is scored (scoring.py)."""
 
     prepare: Callable[[Case], Callable[[int], Draft]]
     kind: Kind
     max_new_tokens: int
-    metric: str = "all"
+    metric: Metric = "all"
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from lcconvert.convert.needles import NeedlePlan, contexts, prompt_of, run_needl
 from lcconvert.convert.perplexity import run_perplexity, windows
 from lcconvert.convert.progress import progress
 from lcconvert.convert.provenance import public_name
+from lcconvert.convert.qa import QaFile
 from lcconvert.convert.report import PAGE_FILES, write_report
 from lcconvert.convert.results import Agreement, Artifact, Check, Cost, Needles, Report, Setup, Text
 from lcconvert.convert.samples import LOG, SampleLog, sample_key
@@ -136,9 +137,11 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
 def _questions(config: ValidateConfig, haystack: Haystack) -> TaskPlan:
     """The tasks to ask; none when the settings name none."""
     source = SourceTree.load(config.source_tree) if config.source_tree is not None else None
+    asked = QaFile.load(config.qa_file) if config.qa_file is not None else None
     return TaskPlan(
-        config.tasks, config.lengths, config.task_samples, config.seed, haystack.sentences, source, config.prompt_cache
-    )
+        config.tasks, config.lengths, config.task_samples, config.seed, haystack.sentences, source, asked,
+        config.prompt_cache,
+    )  # fmt: skip
 
 
 def _validate_endpoint(
@@ -390,7 +393,7 @@ def _version(name: str) -> str:
 def _published(config: ValidateConfig) -> dict[str, Any]:
     """The settings without paths of this machine: the report goes wherever the artifact goes."""
     settings = config.model_dump(mode="json")
-    named = ("against", "haystack", "perplexity_text", "source_tree", "prompt_cache")
+    named = ("against", "haystack", "perplexity_text", "source_tree", "qa_file", "prompt_cache")
     if settings["endpoint"] is not None:
         settings["endpoint"] = "a server"  # its address is nobody's business; its model is in `setup`
     return settings | {key: public_name(settings[key]) for key in named if settings[key] is not None}

@@ -16,7 +16,8 @@ from lcconvert.runtime.units import parse_count
 Tokens = Annotated[int, BeforeValidator(lambda value: parse_count(value, "token count")), Field(ge=1)]
 TaskName = Literal[
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
-    "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "kv", "code_defines", "code_callers",
+    "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa", "kv", "graphwalks", "copy", "mrcr", "nolima",
+    "code_defines", "code_callers",
 ]  # fmt: skip
 Wording = Literal["heldout", "training", "multikey"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -60,8 +61,11 @@ class ValidateConfig(BaseModel):
     against: a reference checkpoint to compare with on `agreement_tokens` tokens, `decode_tokens` of them decoded;
     `against_attention` is its policy, so that an artifact can be compared with itself read densely.
     max_seconds: start no further needle or task context that would end later than this.
-    tasks: what else is asked at every length, `task_samples` times: RULER's eleven synthetic tasks, kv (key-value
-    lookup by position), and code_defines and code_callers, about the Python files of the folder `source_tree`.
+    tasks: what else is asked at every length, `task_samples` times: RULER's eleven synthetic tasks; qa, about the
+    documents of `qa_file`; kv (key-value lookup by position); graphwalks; copy (of repeated words); mrcr (which of
+    several answers to one request); nolima (no word in common); and code_defines and code_callers, about the Python
+    files of the folder `source_tree`.
+    qa_file: JSON Lines of {"question", "answers", "text"}.
     prompt_cache: a folder that keeps built prompts for other runs with the same tokenizer.
     endpoint: the URL of an OpenAI-compatible server that answers the tasks instead of the checkpoint, which then
     only gives tokenizer and chat template; nothing but tasks is measured. endpoint_api: "completions" sends token ids,
@@ -88,6 +92,7 @@ class ValidateConfig(BaseModel):
     tasks: tuple[TaskName, ...] = ()
     task_samples: int = Field(5, ge=1)
     source_tree: Path | None = None
+    qa_file: Path | None = None
     prompt_cache: Path | None = None
     endpoint: str | None = None
     endpoint_api: Literal["completions", "chat"] = "completions"
@@ -110,6 +115,8 @@ class ValidateConfig(BaseModel):
             raise UserError(f"tasks is {list(self.tasks)} but lengths is empty; give lengths")
         if (code := [name for name in self.tasks if name.startswith("code_")]) and self.source_tree is None:
             raise UserError(f"the task {code[0]} asks about Python files; give their folder as source_tree")
+        if "qa" in self.tasks and self.qa_file is None:
+            raise UserError("the task qa asks the questions of a file; give it as qa_file")
         if self.endpoint is not None and (not self.tasks or self.against is not None):
             raise UserError("an endpoint answers tasks and nothing else; give tasks, and no `against`")
         if not (self.asks_needles or self.tasks) and self.perplexity_context is None and self.against is None:

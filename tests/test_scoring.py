@@ -13,7 +13,7 @@ from lcconvert.convert.scoring import candidates, decided, score, wilson
 
 
 @pytest.mark.parametrize(
-    ("answer", "finish", "contains", "strict", "outcome"),
+    ("answer", "finish", "points", "strict", "outcome"),
     [
         (" 1234567.", "stop", 1.0, True, "correct"),
         ("1234567", "length", 1.0, True, "correct"),  # complete although it touches the cap
@@ -29,22 +29,22 @@ from lcconvert.convert.scoring import candidates, decided, score, wilson
         ("999 and so on", "length", 0.0, False, "wrong"),  # it had answered before the cap
     ],
 )
-def test_single_reference(answer: str, finish: str, contains: float, strict: bool, outcome: str) -> None:
+def test_single_reference(answer: str, finish: str, points: float, strict: bool, outcome: str) -> None:
     verdict = score(answer, ["1234567"], finish=finish)  # type: ignore[arg-type]
-    assert (verdict.contains, verdict.strict, verdict.outcome) == (contains, strict, outcome)
+    assert (verdict.score, verdict.strict, verdict.outcome) == (points, strict, outcome)
 
 
 def test_several_references_take_as_many_candidates() -> None:
     assert score("11, 22 and 33", ["22", "11"], finish="stop").strict
     listed = score("33, 22, 11", ["22", "11"], finish="stop")
-    assert (listed.contains, listed.strict, listed.outcome) == (1.0, False, "wrong")
-    assert score("22", ["22", "11"], finish="stop").contains == 0.5
+    assert (listed.score, listed.strict, listed.outcome) == (1.0, False, "wrong")
+    assert score("22", ["22", "11"], finish="stop").score == 0.5
 
 
 def test_listing_every_number_scores_under_contains_only() -> None:
     numbers = [str(n) for n in range(1_000_000, 1_000_050)]
     verdicts = [score(" ".join(numbers), [n], finish="stop") for n in numbers[1:]]
-    assert all(v.contains == 1.0 and not v.strict for v in verdicts)
+    assert all(v.score == 1.0 and not v.strict for v in verdicts)
 
 
 def test_candidates_at_the_end_need_a_finished_answer() -> None:
@@ -53,7 +53,7 @@ def test_candidates_at_the_end_need_a_finished_answer() -> None:
 
 
 def test_rulers_own_scores_on_recorded_answers() -> None:
-    """`contains` and `part` are RULER's string_match_all and string_match_part, as its scorer defines them."""
+    """The metrics "all" and "part" are RULER's string_match_all and string_match_part, as its scorer defines them."""
     rng = random.Random(0)
     for _ in range(200):
         wanted = [rng.choice(("1234567", "Amber-Lantern", "XKQZA", "77")) + "x" * rng.randint(0, 1) for _ in range(3)]
@@ -61,8 +61,31 @@ def test_rulers_own_scores_on_recorded_answers() -> None:
             rng.choice(("", "The answer: ")) + rng.choice((" ", "\x00", "\t")).join(rng.choices(wanted, k=2)).swapcase()
         )
         matches = [1.0 if wanted_one.lower() in answer.lower() else 0.0 for wanted_one in wanted]
-        verdict = score(answer, wanted, finish="stop", kind="pair")
-        assert (verdict.contains, verdict.part) == (pytest.approx(sum(matches) / 3), max(matches))
+        both = [score(answer, wanted, finish="stop", kind="pair", metric=metric).score for metric in ("all", "part")]
+        assert both == [pytest.approx(sum(matches) / 3), max(matches)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "kind", "metric", "points", "strict"),
+    [
+        ("The old mill.\nIt stands", ["a mill", "The old mill"], "text", "part", 1.0, True),
+        ("It was the old mill", ["old mill"], "text", "part", 1.0, False),
+        ("no", ["old mill"], "text", "part", 0.0, False),
+        (" 00c0ffee, deadbeef", ["deadbeef", "00c0ffee"], "node", "f1", 1.0, True),
+        ("00c0ffee, 11111111", ["deadbeef", "00c0ffee"], "node", "f1", 0.5, False),
+        ("00c0ffee deadbeef 11111111 22222222", ["deadbeef", "00c0ffee"], "node", "f1", 2 / 3, True),
+        (' "tide tide lamp".', ["tide tide lamp"], "text", "ratio", 1.0, True),
+        ("tide lamp", ["tide tide lamp"], "text", "ratio", 18 / 23, False),
+        ("X1y2 No tide waits.\nMore", ["X1y2 No tide waits."], "text", "coded", 1.0, True),
+        ("No tide waits.", ["X1y2 No tide waits."], "text", "coded", 0.0, False),
+        ("The person is Marta.", ["Marta"], "person", "all", 1.0, True),
+        ("Jonas, or Marta", ["Marta"], "person", "all", 1.0, False),
+    ],
+)  # fmt: skip
+def test_other_metrics(answer: str, references: list[str], kind: Any, metric: Any, points: float, strict: bool) -> None:
+    verdict = score(answer, references, finish="stop", kind=kind, metric=metric)
+    assert (verdict.score, verdict.strict) == (pytest.approx(points), strict)
+    assert score("", references, finish="stop", kind=kind, metric=metric).outcome == "empty"
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from tiny import write_tokenizer
 from lcconvert.convert import tasks
 from lcconvert.convert.code_questions import SourceTree, read_source
 from lcconvert.convert.haystack import Haystack
+from lcconvert.convert.one_hop import FACTS
+from lcconvert.convert.qa import QaFile
 from lcconvert.convert.ruler import RULER
-from lcconvert.convert.scoring import score
+from lcconvert.convert.scoring import Verdict, score
 from lcconvert.convert.task_list import TASKS
 from lcconvert.convert.tasks import Ask, Case, Counter, TaskPrompt, build
 from lcconvert.convert.validate_config import TaskName
@@ -41,6 +43,26 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> SourceTree:
     return SourceTree.load(folder)
 
 
+def source_of(name: str, tree: SourceTree, documents: QaFile) -> SourceTree | QaFile | None:
+    return documents if name == "qa" else tree if name.startswith("code") else None
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> QaFile:
+    """Who keeps what, one a line; a last line is blank."""
+    path = tmp_path_factory.mktemp("questions") / "keepers.jsonl"
+    rows = [
+        {
+            "question": f"Who keeps the number {n} key?",
+            "answers": [f"Keeper {n * 7919 % 10007}", f"the keeper called {n * 7919 % 10007}"],
+            "text": f"Of the keys on the wall, number {n} is kept by Keeper {n * 7919 % 10007}. It is seldom used.",
+        }
+        for n in range(1, 9)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return QaFile.load(path)
+
+
 @pytest.fixture(scope="module")
 def sentences() -> list[str]:
     return Haystack.load().sentences
@@ -54,9 +76,10 @@ def counter(tmp_path_factory: pytest.TempPathFactory) -> Counter:
 
 
 @pytest.fixture(scope="module")
-def make(counter: Counter, sentences: list[str], tree: SourceTree) -> Callable[..., TaskPrompt]:
+def make(counter: Counter, sentences: list[str], tree: SourceTree, documents: QaFile) -> Callable[..., TaskPrompt]:
     def make(name: str, length: int = 9000, sample: int = 0, seed: int = 0, cache: Path | None = None) -> TaskPrompt:
-        return build(TASKS[name], Case(name, length, sample, seed, sentences, 100 + sample, tree), counter, cache)
+        source = source_of(name, tree, documents)
+        return build(TASKS[name], Case(name, length, sample, seed, sentences, 100 + sample, source), counter, cache)
 
     return make
 
@@ -86,6 +109,29 @@ def read(name: str, stem: str, ask: Ask) -> list[str]:
         key = ask.question.split('"')[1]
         pairs = json.loads(stem[stem.index("{") : stem.rindex("}") + 1])
         return [pairs[key]] if key in pairs else []
+    if name == "qa":
+        asked = re.search(r"number (\d+) key", ask.question)
+        assert asked is not None
+        return re.findall(rf"number {asked[1]} is kept by ([^.]+)\.", stem)
+    if name == "graphwalks":
+        edges = re.findall("([0-9a-f]{8}) -> ([0-9a-f]{8})\n", stem)
+        (node,) = re.findall("[0-9a-f]{8}", ask.question)
+        if "have an edge to" in ask.question:
+            return [start for start, end in edges if end == node]
+        near = {end for start, end in edges if start == node}
+        return [end for start, end in edges if start in near]
+    if name == "copy":
+        (number,) = re.findall(r"passage (\w+)", ask.question)
+        return re.findall(rf"^Passage {number}: (.*)$", stem, re.MULTILINE)
+    if name == "mrcr":
+        asked = re.search(r"Write (\S+) and .* the (\w+) ([a-z ]+) about the (.+) in the conv", ask.question)
+        assert asked is not None
+        replies = re.findall(rf"A: Write a {asked[3]} about the {asked[4]}\.\nB: (.*)\n", stem)
+        assert len(replies) == 4
+        return [f"{asked[1]} {replies[('first', 'second', 'third', 'fourth').index(asked[2])]}"]
+    if name == "nolima":
+        (fact,) = (fact for fact, asked in FACTS if asked in ask.question)
+        return re.findall(re.escape(fact).replace(r"\{name\}", "([A-Z][a-z]+)"), stem)
     wanted = ask.question.split("`")[1]
     files = re.findall(r"# file: (\S+)\n(.*?)(?=# file: |\Z)", stem, re.DOTALL)
     if name == "code_defines":
@@ -101,19 +147,47 @@ def read(name: str, stem: str, ask: Ask) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_known_answers(make: Callable[..., TaskPrompt], name: str) -> None:
     """A reader scores 100%, one constant answer nothing, and one that lists all candidates nothing under `strict`."""
-    kind, prompts = TASKS[name].kind, [make(name, sample=i) for i in range(SAMPLES)]
-    constant = ", ".join(make(name, seed=1).asks[0].answers)
+    task, prompts = TASKS[name], [make(name, sample=i) for i in range(SAMPLES)]
+    constant = ", ".join(make(name, seed=1, sample=SAMPLES).asks[0].answers)
+
+    def scored(answer: str, wanted: list[str]) -> Verdict:
+        return score(answer, wanted, finish="stop", kind=task.kind, metric=task.metric)
+
     for prompt in prompts:
         wanted = list(prompt.asks[0].answers)
-        right = score(", ".join(read(name, prompt.stem, prompt.asks[0])), wanted, finish="stop", kind=kind)
-        assert (right.contains, right.part, right.strict, right.outcome) == (1.0, 1.0, True, "correct")
-        same = score(constant, wanted, finish="stop", kind=kind)
-        assert (same.contains, same.strict) == (0.0, False)
-        listed = score(f"{_other(wanted[0])}, {', '.join(wanted)}", wanted, finish="stop", kind=kind)
-        assert (listed.contains, listed.strict) == (1.0, False)
+        right = scored(", ".join(read(name, prompt.stem, prompt.asks[0])), wanted)
+        assert (right.score, right.strict, right.outcome) == (1.0, True, "correct")
+        same = scored(constant, wanted)
+        assert not same.strict
+        if name != "copy":  # two patterns of words are never quite unlike
+            assert same.score == 0.0
+        listed = scored(f"{_other(wanted[0])}, {', '.join(wanted)}", wanted)
+        assert not listed.strict
+        if task.metric in ("all", "part"):
+            assert listed.score == 1.0
         assert not [ask for ask in prompt.asks[1:] if read(name, prompt.stem, ask)]
-    if name not in ("cwe", "fwe"):
+    if name not in ("cwe", "fwe", "qa", "copy", "mrcr"):
         assert len(prompts[0].asks) == 2
+
+
+def test_no_question_of_nolima_shares_a_word_with_its_fact() -> None:
+    for fact, asked in FACTS:
+        assert not set(re.findall("[a-z]{4,}", fact.lower())) & set(re.findall("[a-z]{4,}", asked.lower()))
+
+
+def test_a_question_file_must_hold_its_answers(tmp_path: Path, documents: QaFile) -> None:
+    assert len(documents.items) == 8
+    path = tmp_path / "q.jsonl"
+    for text, message in (
+        ('{"question": "a", "answers": ["b"]}', "line 1, is not"),
+        ('{"question": "a", "answers": ["b"], "text": "c"}', "line 1: the text holds none"),
+        ("", "holds no question"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            QaFile.load(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        QaFile.load(tmp_path / "absent")
 
 
 def _other(answer: str) -> str:
@@ -121,19 +195,20 @@ def _other(answer: str) -> str:
     turned = {str(i): str((i + 5) % 10) for i in range(10)}
     letters = {chr(c): chr((c - base + 7) % 26 + base) for base in (65, 97) for c in range(base, base + 26)}
     stem, dot, suffix = answer.partition(".")
-    uuids = len(answer) == 36
-    return "".join((turned if uuids else turned | letters).get(c, c) for c in stem) + dot + suffix
+    digits_only = re.fullmatch("[0-9a-f-]{8,36}", answer)  # a shifted letter would be no hexadecimal digit
+    return "".join((turned if digits_only else turned | letters).get(c, c) for c in stem) + dot + suffix
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("vocabulary", ["bytes", "smollm2"])
 def test_the_length_is_exact_and_the_ids_are_what_a_server_would_see(
-    request: pytest.FixtureRequest, counter: Counter, sentences: list[str], tree: SourceTree, name: str, vocabulary: str
-) -> None:
+    request: pytest.FixtureRequest, counter: Counter, sentences: list[str], tree: SourceTree, documents: QaFile,
+    name: str, vocabulary: str,
+) -> None:  # fmt: skip
     if vocabulary == "smollm2":
         counter = Counter(Tokenizer.from_files(request.getfixturevalue("smollm2").files))
     length, reserved = 8001, TASKS[name].max_new_tokens
-    prompt = build(TASKS[name], Case(name, length, 0, 0, sentences, 100, tree), counter)
+    prompt = build(TASKS[name], Case(name, length, 0, 0, sentences, 100, source_of(name, tree, documents)), counter)
     ids = prompt.context + prompt.tails[0]
     assert len(ids) == length - reserved
     assert all(len(prompt.context + tail) <= length - reserved for tail in prompt.tails)
@@ -197,6 +272,8 @@ def test_what_does_not_fit_is_an_error_with_a_way_out(make: Callable[..., TaskPr
         assert len(prompt.context + prompt.tails[0]) == shortest - TASKS[name].max_new_tokens
     with pytest.raises(UserError, match=r"code_defines at length 90000 .* the material has"):
         make("code_defines", 90000)
+    with pytest.raises(UserError, match="give --qa-file"):
+        build(TASKS["qa"], Case("qa", 5000, 0, 0), counter)
     with pytest.raises(UserError, match="give --source-tree"):
         build(TASKS["code_defines"], Case("code_defines", 5000, 0, 0), counter)
 

@@ -91,11 +91,11 @@ def test_known_answers_in_the_report(counter: Counter, tmp_path: Path) -> None:
     for name in ("oracle", "constant", "forgets", "numbers"):
         (tmp_path / name).mkdir()
     right = measured(Stub("oracle"), counter, tmp_path / "oracle", names)
-    assert {(cell.n, cell.strict, cell.all, cell.part) for cell in right.cells} == {(3, 3, 1.0, 1.0)}
+    assert {(cell.n, cell.strict, cell.score) for cell in right.cells} == {(3, 3, 1.0)}
     assert right.effective == dict.fromkeys(names, 6000)
     assert right.control.silent == right.control.n > 20  # not every sample has a question that is no longer
     wrong = measured(Stub("It is 1234567."), counter, tmp_path / "constant", names)
-    assert {(cell.strict, cell.wrong, cell.all) for cell in wrong.cells} == {(0, 3, 0.0)}
+    assert {(cell.strict, cell.wrong, cell.score) for cell in wrong.cells} == {(0, 3, 0.0)}
     assert wrong.effective == dict.fromkeys(names)
     assert 10 <= wrong.control.invented <= 12  # a number is no variable and no uuid
     fading = measured(Stub("forgets"), counter, tmp_path / "forgets", names)
@@ -106,7 +106,7 @@ def test_known_answers_in_the_report(counter: Counter, tmp_path: Path) -> None:
     assert sum(third.n for cell in fading.cells if cell.task == "kv" for third in cell.thirds) == 6
     numbers = ("niah_single_1", "niah_multikey_2", "niah_multivalue")
     listing = measured(Stub("numbers"), counter, tmp_path / "numbers", numbers)
-    assert {(cell.strict, cell.all) for cell in listing.cells} == {(0, 1.0)}
+    assert {(cell.strict, cell.score) for cell in listing.cells} == {(0, 1.0)}
 
 
 def test_out_of_memory_and_out_of_time_are_states(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +215,7 @@ def test_a_server_that_refuses_or_cuts_is_noticed(model: Path, tmp_path: Path, m
         ({"tasks": ("kv", "kv")}, "each once"),
         ({"lengths": ()}, "lengths is empty"),
         ({"tasks": ("code_defines",)}, "give their folder as source_tree"),
+        ({"tasks": ("qa",)}, "give it as qa_file"),
         ({"endpoint": "http://x", "tasks": ()}, "an endpoint answers tasks and nothing else"),
         ({"tasks": ()}, "nothing is to be measured"),
     ],
