@@ -9,29 +9,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lcconvert.runtime.sampler import SamplingParams, sample
+from lcconvert.runtime.sampler import SamplingParams, likeliest, sample
 
 if TYPE_CHECKING:
     import torch
 
+    from lcconvert.runtime.grammar import Constraint
     from lcconvert.runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One generated token: the text it completes (may be empty), its natural-log probability, why generation ended."""
+    """One generated token: the text it completes (may be empty), its natural-log probability, why generation ended, and
+    as many of the likeliest tokens in its place as were asked for."""
 
     token: int
     text: str
     logprob: float
     finish: Literal["stop", "length"] | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Answer:
     """State of one answer: its random generator, its text not yet given out, its token count."""
 
-    def __init__(self, params: SamplingParams, tokenizer: Tokenizer, eos_ids: frozenset[int]):
-        self._params, self._eos_ids = params, eos_ids
+    def __init__(
+        self,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        eos_ids: frozenset[int],
+        constraint: Constraint | None = None,
+    ):
+        """`constraint`: what the text must become; the answer ends when nothing can follow."""
+        self._params, self._eos_ids, self._constraint = params, eos_ids, constraint
         self._generator, self._stream = params.generator(), tokenizer.stream()
         self._held = ""
         self.count = 0
@@ -42,20 +52,23 @@ class Answer:
         Text that may be the beginning of a stop string is held back until it is decided; a stop string itself is never
         given out. Must not be called again after a piece with `finish`.
         """
-        token, logprob = sample(logits, self._params, self._generator)
+        allowed = None if self._constraint is None else self._constraint.allowed()
+        token, logprob = sample(logits, self._params, self._generator, allowed)
+        top = likeliest(logits, self._params.top_logprobs) if self._params.top_logprobs else ()
         self.count += 1
         if token in self._eos_ids:
-            return Piece(token, self._held + self._stream.flush(), logprob, "stop")
+            return Piece(token, self._held + self._stream.flush(), logprob, "stop", top)
         self._held += self._stream.push(token)
+        complete = self._constraint is not None and self._constraint.accept(token)
         full = full or self.count >= self._params.max_tokens
-        if full:
+        if full or complete:
             self._held += self._stream.flush()
         text, self._held, stopped = _cut_at_stop(self._held, self._params.stop)
         if stopped:
-            return Piece(token, text, logprob, "stop")
-        if full:
-            return Piece(token, text + self._held, logprob, "length")
-        return Piece(token, text, logprob)
+            return Piece(token, text, logprob, "stop", top)
+        if full or complete:
+            return Piece(token, text + self._held, logprob, "stop" if complete else "length", top)
+        return Piece(token, text, logprob, None, top)
 
 
 def _cut_at_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:

@@ -1,11 +1,10 @@
 """The HTTP application of one engine: OpenAI's chat and completion endpoints, `/health`, `/metrics`.
 
-The event loop only parses, queues and forwards; the worker thread runs the model and small threads tokenize, so the
+The event loop only parses, queues and forwards; the worker thread runs the model and other processes tokenize, so the
 cheap endpoints answer at any moment. A stream that has nothing to say for a while sends an SSE comment, which clients
 skip, so that no proxy takes a long prefill for a dead connection.
 
-Left out: TLS and several models in one process (put a proxy in front), and the web page. Request and answer text never
-reaches the log.
+Left out: TLS and several models in one process (put a proxy in front). Request and answer text never reaches the log.
 """
 
 from __future__ import annotations
@@ -24,36 +23,48 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lcconvert.runtime.bodies import (
+    ChatAnswer,
+    CompletionAnswer,
+    Part,
+    TokenLogprob,
+    model_body,
+    session_body,
+    usage_body,
+)
 from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.grammar import Grammars
 from lcconvert.runtime.metrics import Metrics
+from lcconvert.runtime.openapi import document
 from lcconvert.runtime.protocol import (
     DEFAULT_CHAT_TOKENS,
     DEFAULT_COMPLETION_TOKENS,
     ApiError,
-    ChatAnswer,
     ChatRequest,
-    CompletionAnswer,
     CompletionRequest,
-    TokenLogprob,
-    model_body,
+    Message,
+    TokenizeRequest,
+    Tool,
     parse_request,
-    session_body,
-    usage_body,
 )
 from lcconvert.runtime.sessions import Sessions, drop_session, file_of, list_sessions
+from lcconvert.runtime.texts import Texts
+from lcconvert.runtime.tool_calls import ToolCallReader
+from lcconvert.runtime.transport import CountRequests, EventStream, as_api_error, respond_to_error, sse
 from lcconvert.runtime.units import format_bytes
-from lcconvert.runtime.worker import ClientLeft, Job, Progress, Rejected, Stopped, TimedOut, Worker
+from lcconvert.runtime.worker import ClientLeft, Job, Progress, Rejected, TimedOut, Worker
 
 if TYPE_CHECKING:
     from lcconvert.runtime.engine import Engine, Piece
+    from lcconvert.runtime.tokenizer import Tokenizer
 
 KEEP_ALIVE = 10.0  # seconds of silence before a stream sends a comment
-_CLIENT_GONE = 499  # nginx's number for "client closed request"; only the metrics see it
+_BODY_SECONDS = 120.0  # a client has to send its request
 _T = TypeVar("_T")
+_Asked = TypeVar("_Asked", ChatRequest, CompletionRequest, TokenizeRequest)
 
 
 class _Api:
@@ -67,8 +78,11 @@ class _Api:
         keep_alive: float,
         prefix_cache: int | None,
         sessions: Sessions | None,
+        texts: Texts | None,
     ) -> None:
         self.engine = engine
+        self._own_texts = texts is None
+        self.texts = texts or Texts(engine.tokenizer.files)
         self.tokenizer = engine.tokenizer
         self.model_name = model_name
         self.keep_alive = keep_alive
@@ -79,7 +93,11 @@ class _Api:
         self._key = api_key.encode() if api_key else None
         # A token is about four bytes of text; JSON escapes can make six of one. Beyond that nothing can fit.
         self._max_body = 2**20 + 32 * engine.max_context
-        self._tokenizers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="lcconvert-tokenize")
+        self._held = 0  # bytes of bodies that are being received or parsed
+        self._max_held = 8 * self._max_body
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="lcconvert-text")
+        self._grammars = Grammars(engine.tokenizer, engine.spec.vocab_size, engine.eos_ids)
+        self._document = document(model_name)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -88,7 +106,9 @@ class _Api:
             yield
         finally:
             await asyncio.to_thread(self.worker.stop)
-            self._tokenizers.shutdown(wait=False, cancel_futures=True)
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            if self._own_texts:
+                self.texts.close()
 
     # Endpoints
 
@@ -96,7 +116,7 @@ class _Api:
         lines = [
             f"lcconvert serves {self.model_name}, {self.engine.max_context} tokens of context.", "",
             "POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/sessions",
-            "GET /health   GET /metrics",
+            "POST /tokenize   GET /health   GET /metrics   GET /openapi.json",
         ]  # fmt: skip
         return PlainTextResponse("\n".join(lines) + "\n")
 
@@ -126,31 +146,36 @@ class _Api:
         self._check_model(request.path_params["name"])
         return JSONResponse(self._model())
 
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(self._document)
+
     async def chat(self, request: Request) -> Response:
-        self._authorize(request)
-        body = await self._body(request)
-        asked = await self._in_thread(lambda: parse_request(ChatRequest, body))
-        self._check_model(asked.model)
-        if not self.tokenizer.has_chat_template:
-            raise ApiError(400, f"{self.model_name} has no chat template; use /v1/completions", code="no_chat_template")
-        messages = [message.for_template() for message in asked.messages]
-        ids = await self._in_thread(lambda: self.tokenizer.encode_chat(messages))
+        asked = await self._asked(request, ChatRequest)
+        ids = await self._chat_ids(asked.messages, asked.offered_tools)
         return await self._answer(request, asked, ids, DEFAULT_CHAT_TOKENS, ChatAnswer(self.model_name))
 
     async def completions(self, request: Request) -> Response:
-        self._authorize(request)
-        body = await self._body(request)
-        asked = await self._in_thread(lambda: parse_request(CompletionRequest, body))
-        self._check_model(asked.model)
+        asked = await self._asked(request, CompletionRequest)
         prompt = asked.prompt
         if isinstance(prompt, str):
             text = prompt
-            ids = await self._in_thread(lambda: self.tokenizer.encode(text, add_special=True))
+            ids = await self._in_thread(lambda: self.texts.encode(text))
         else:
             ids = prompt
             if (worst := max(ids, default=0)) >= (size := self.engine.spec.vocab_size):
                 raise ApiError(400, f"prompt: token id {worst} is outside the vocabulary of {size}", param="prompt")
         return await self._answer(request, asked, ids, DEFAULT_COMPLETION_TOKENS, CompletionAnswer(self.model_name))
+
+    async def tokenize(self, request: Request) -> Response:
+        """The tokens of a prompt, and the memory its context would take."""
+        asked = await self._asked(request, TokenizeRequest)
+        if asked.messages is not None:
+            ids = await self._chat_ids(asked.messages, asked.tools or [])
+        else:
+            text = asked.prompt or ""
+            ids = await self._in_thread(lambda: self.texts.encode(text))
+        body = {"count": len(ids), "max_model_len": self.engine.max_context, **self._memory(len(ids)), "tokens": ids}
+        return Response(await self._in_thread(lambda: json.dumps(body)), media_type="application/json")
 
     async def sessions(self, request: Request) -> Response:
         self._authorize(request)
@@ -197,20 +222,47 @@ class _Api:
             message = f"model {name[:200]!r} is not served here; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def _body(self, request: Request) -> bytes:
+    async def _asked(self, request: Request, kind: type[_Asked]) -> _Asked:
+        """The request in the body, once its sender may ask and the model is right."""
+        self._authorize(request)
+        body = bytearray()
+        try:
+            await self._receive(request, body)
+            asked = await self._in_thread(lambda: parse_request(kind, bytes(body)))
+        finally:
+            self._held -= len(body)
+        self._check_model(asked.model)
+        return asked
+
+    async def _receive(self, request: Request, body: bytearray) -> None:
         """The JSON body. The content type is required so that no web page can post here without the browser asking."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, f"content type is {kind[:100]!r}, expected 'application/json'")
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > self._max_body:
-                raise ApiError(413, f"the body is over {self._max_body} bytes, more than the context could hold")
-        return bytes(body)
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for part in request.stream():
+                    body += part
+                    self._held += len(part)
+                    if len(body) > self._max_body:
+                        raise ApiError(413, f"the body is over {self._max_body} bytes, more than the context holds")
+                    if self._held > self._max_held:
+                        raise Rejected("too many large requests are arriving at once; retry later")
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {_BODY_SECONDS:g} s") from None
+
+    async def _chat_ids(self, messages: list[Message], tools: list[Tool]) -> list[int]:
+        if not self.tokenizer.has_chat_template:
+            raise ApiError(400, f"{self.model_name} has no chat template; use /v1/completions", code="no_chat_template")
+
+        def encode() -> list[int]:
+            said = [message.for_template() for message in messages]
+            return self.texts.encode_chat(said, [tool.for_template() for tool in tools])
+
+        return await self._in_thread(encode)
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizers, work)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _answer(
         self,
@@ -228,29 +280,29 @@ class _Api:
         max_tokens = asked.asked_tokens or min(default_tokens, max(room, 1))
         if max_tokens > room:
             raise self._too_long(asked, len(ids), max_tokens)
-        job = Job(ids, asked.sampling(max_tokens), progress=bool(asked.progress), session=asked.session)
+        constraint = None
+        if asked.response_format is not None and (schema := asked.response_format.schema_wanted) is not None:
+            constraint = await self._in_thread(lambda: self._grammars.constraint(schema))
+        params = asked.sampling(max_tokens)
+        job = Job(ids, params, progress=bool(asked.progress), session=asked.session, constraint=constraint)
         self.worker.submit(job)
         end = self._give_up_after(job, asked.timeout)
         if asked.stream:
-            return _EventStream(self._stream(job, asked, answer), lambda: end("the stream is over"))
+            return EventStream(self._stream(job, asked, answer), lambda: end("the stream is over"))
         watch = asyncio.create_task(self._watch(request, job))
         try:
             return JSONResponse(await self._collect(job, asked, answer))
         except Exception as error:
-            raise _as_api_error(error) from error
+            raise as_api_error(error) from error
         finally:
             watch.cancel()
             end("the request is over")
 
     def _too_long(self, asked: ChatRequest | CompletionRequest, prompt: int, max_tokens: int) -> ApiError:
         """The refusal of a request that can never fit, with the memory it would take."""
-        most, token_bytes = self.engine.max_context, self.engine.kv_bytes_per_token()
-        plan = {
-            "needed_tokens": prompt + max_tokens,
-            "needed_bytes": round((prompt + max_tokens) * token_bytes),
-            "free_bytes": round(self.worker.free_tokens() * token_bytes),
-            "largest_context": most,
-        }
+        most = self.engine.max_context
+        needed = prompt + max_tokens
+        plan = {"needed_tokens": needed, **self._memory(needed), "largest_context": most}
         wanted = f"{prompt} prompt tokens" + (f" + {max_tokens} max_tokens" if asked.asked_tokens else "")
         advice = "shorten the prompt" + (" or lower max_tokens" if prompt < most else "")
         message = (
@@ -259,6 +311,12 @@ class _Api:
         )
         param = "messages" if isinstance(asked, ChatRequest) else "prompt"
         return ApiError(400, message, param=param, code="context_length_exceeded", plan=plan)
+
+    def _memory(self, tokens: int) -> dict[str, int]:
+        """Bytes of KV cache that so many tokens need, and that are free."""
+        token_bytes = self.engine.kv_bytes_per_token()
+        free = self.worker.free_tokens()
+        return {"needed_bytes": round(tokens * token_bytes), "free_bytes": round(free * token_bytes)}
 
     def _give_up_after(self, job: Job, seconds: float | None) -> Callable[[str], None]:
         """Ends the job when its time is over; returns what to call with a reason when its response is over."""
@@ -281,21 +339,23 @@ class _Api:
         self.worker.cancel(job, ClientLeft("the client left"))
 
     async def _collect(self, job: Job, asked: ChatRequest | CompletionRequest, answer: ChatAnswer) -> dict[str, Any]:
-        text, count, logprobs = "", 0, _wanted_logprobs(asked)
-        while True:
+        reader = _PieceReader(self.tokenizer, asked)
+        parts: list[Part] = []
+        while not parts or parts[-1].finish is None:
             event = await job.next()
-            if event is None or isinstance(event, Progress):
-                continue
-            text += event.text
-            count += 1
-            if logprobs is not None:
-                logprobs.append(self._logprob(event))
-            if event.finish is not None:
-                return answer.whole(text, event.finish, logprobs, usage_body(len(job.ids), count, job.cached))
+            if event is not None and not isinstance(event, Progress):
+                parts.append(reader.part(event))
+        whole = Part(
+            "".join(part.text for part in parts),
+            parts[-1].finish,
+            [call for part in parts for call in part.calls],
+            None if asked.wanted_logprobs is None else [entry for part in parts for entry in part.logprobs or []],
+        )
+        return answer.whole(whole, usage_body(len(job.ids), len(parts), job.cached))
 
     async def _stream(self, job: Job, asked: ChatRequest | CompletionRequest, answer: ChatAnswer) -> AsyncIterator[str]:
         """Server-sent events, ended by [DONE] or by an error."""
-        count, finish = 0, None
+        reader, count, finish = _PieceReader(self.tokenizer, asked), 0, None
         # OpenAI: with include_usage every chunk has the field, null until the last.
         extra = {"usage": None} if asked.include_usage else {}
         try:
@@ -305,104 +365,44 @@ class _Api:
                     yield ": waiting\n\n"
                 elif isinstance(event, Progress):
                     report = {"done": event.done, "total": event.total}
-                    yield _sse(answer.notice(lcconvert_progress=report, **extra))
+                    yield sse(answer.notice(lcconvert_progress=report, **extra))
                 else:
                     if count == 0 and (opening := answer.opening()) is not None:
-                        yield _sse({**opening, **extra})
+                        yield sse({**opening, **extra})
                     count += 1
                     finish = event.finish
-                    logprobs = None if _wanted_logprobs(asked) is None else [self._logprob(event)]
-                    if event.text or finish is not None or logprobs is not None:
-                        yield _sse({**answer.piece(event.text, finish, logprobs), **extra})
+                    part = reader.part(event)
+                    if part.text or part.calls or finish is not None or part.logprobs is not None:
+                        yield sse({**answer.piece(part), **extra})
             if asked.include_usage:
-                yield _sse(answer.notice(usage=usage_body(len(job.ids), count, job.cached)))
+                yield sse(answer.notice(usage=usage_body(len(job.ids), count, job.cached)))
             yield "data: [DONE]\n\n"
         except Exception as error:
-            yield _sse(_as_api_error(error).body)
-
-    def _logprob(self, piece: Piece) -> TokenLogprob:
-        return TokenLogprob(self.tokenizer.decode([piece.token], skip_special=False), piece.logprob)
+            yield sse(as_api_error(error).body)
 
 
-def _wanted_logprobs(asked: ChatRequest | CompletionRequest) -> list[TokenLogprob] | None:
-    return [] if isinstance(asked, ChatRequest) and asked.logprobs else None
+class _PieceReader:
+    """Makes of each piece of one answer what is sent for it."""
 
+    def __init__(self, tokenizer: Tokenizer, asked: ChatRequest | CompletionRequest) -> None:
+        tools = asked.offered_tools if isinstance(asked, ChatRequest) else []
+        self._calls = ToolCallReader({tool.function.name for tool in tools}) if tools else None
+        self._tokenizer, self._logprobs = tokenizer, asked.wanted_logprobs is not None
 
-def _sse(body: dict[str, Any]) -> str:
-    # ASCII, because some clients take U+2028 and its like for the end of a line
-    return f"data: {json.dumps(body, allow_nan=False)}\n\n"
+    def part(self, piece: Piece) -> Part:
+        text, finish = piece.text, piece.finish
+        calls: list[dict[str, Any]] = []
+        if self._calls is not None:
+            text, calls = self._calls.push(text, last=finish is not None)
+        called = self._calls is not None and self._calls.found
+        logprobs = None
+        if self._logprobs:
+            top = [TokenLogprob(self._text(token), logprob) for token, logprob in piece.top]
+            logprobs = [TokenLogprob(self._text(piece.token), piece.logprob, top)]
+        return Part(text, "tool_calls" if called and finish == "stop" else finish, calls, logprobs)
 
-
-class _EventStream(StreamingResponse):
-    """`at_end` is called however the response ends, also when the client leaves before the first event."""
-
-    def __init__(self, events: AsyncIterator[str], at_end: Callable[[], None]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._at_end = at_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._at_end()
-
-
-# Errors and counting
-
-
-def _as_api_error(error: Exception) -> ApiError:
-    """What a client is told. Its own mistakes in words; our failures without detail, which is in the log."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, UserError):
-        return ApiError(400, str(error))
-    if isinstance(error, ClientLeft | ClientDisconnect):
-        return ApiError(_CLIENT_GONE, "the client left")
-    if isinstance(error, TimedOut):
-        return ApiError(504, f"{error}; ask for less or allow more time", param="timeout", code="timeout")
-    if isinstance(error, Rejected):
-        return ApiError(503, str(error), code="overloaded", kind="server_error")
-    if isinstance(error, Stopped):
-        return ApiError(503, f"{error}; send the request again later", code="stopped", kind="server_error")
-    if isinstance(error, HTTPException):
-        return ApiError(error.status_code, f"{error.detail}; GET / lists the endpoints")
-    return ApiError(500, "the server failed on this request; its log has the reason", kind="server_error")
-
-
-def _respond_to_error(request: Request, error: Exception) -> Response:
-    known = _as_api_error(error)
-    return JSONResponse(known.body, status_code=known.status, headers=getattr(error, "headers", None))
-
-
-class _CountRequests:
-    """ASGI middleware: one count a request. A response that was not sent to its end counts as `_CLIENT_GONE`."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
-        self.app, self.metrics, self.paths = app, metrics, paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        status = started = _CLIENT_GONE
-
-        async def watch(message: Message) -> None:
-            nonlocal status, started
-            if message["type"] == "http.response.start":
-                started = message["status"]
-            elif not message.get("more_body", False):
-                status = started
-            await send(message)
-
-        try:
-            await self.app(scope, receive, watch)
-        except Exception:
-            status = 500
-            raise
-        finally:
-            path = scope["path"] if scope["path"] in self.paths else "other"
-            self.metrics.requests.labels(path, str(status)).inc()
+    def _text(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special=False)
 
 
 def make_app(
@@ -413,14 +413,15 @@ def make_app(
     keep_alive: float = KEEP_ALIVE,
     prefix_cache: int | None = None,
     sessions: Sessions | None = None,
+    texts: Texts | None = None,
 ) -> Starlette:
     """The ASGI application of one loaded engine, which its worker thread owns from startup to shutdown.
 
-    `app.state.worker` is that worker. `prefix_cache`: see `PrefixCache`;
-    without `sessions` a request that names one is refused.
-    Raises UserError when the engine has no tokenizer.
+    `app.state.worker` is that worker. `prefix_cache`: see `PrefixCache`; without `sessions` a request that names one is
+    refused. `texts` encodes for this engine and is closed by the caller. Raises UserError when the engine has no
+    tokenizer.
     """
-    api = _Api(engine, model_name, api_key, keep_alive, prefix_cache, sessions)
+    api = _Api(engine, model_name, api_key, keep_alive, prefix_cache, sessions, texts)
     routes = [
         Route("/", api.index),
         Route("/health", api.health),
@@ -431,13 +432,15 @@ def make_app(
         Route("/v1/sessions/{name}", api.session, methods=["POST", "DELETE"]),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
+        Route("/tokenize", api.tokenize, methods=["POST"]),
+        Route("/openapi.json", api.openapi),
     ]
     known = (ApiError, UserError, Rejected, HTTPException, ClientDisconnect, Exception)
-    count = Middleware(_CountRequests, metrics=api.metrics, paths=frozenset(route.path for route in routes))
+    count = Middleware(CountRequests, metrics=api.metrics, paths=frozenset(route.path for route in routes))
     app = Starlette(
         routes=routes,
         middleware=[count],
-        exception_handlers=dict.fromkeys(known, _respond_to_error),
+        exception_handlers=dict.fromkeys(known, respond_to_error),
         lifespan=api.lifespan,
     )
     app.state.worker = api.worker

@@ -15,6 +15,7 @@ import torch
 from lcconvert.runtime.answer import Answer, Piece
 from lcconvert.runtime.decode import MOST_SEQUENCES, DecodeStep
 from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.grammar import Constraint
 from lcconvert.runtime.kv_cache import PagePool, Sequence, StagedAppend, read_scales
 from lcconvert.runtime.model import Decoder, load_decoder
 from lcconvert.runtime.plan import MemoryPlan, plan_for_source
@@ -205,9 +206,9 @@ class Engine:
         """Normed hidden states [T, H] -> float32 logits [T, V]; pass at most a few hundred rows."""
         return self.model.logits(hidden)
 
-    def answer(self, params: SamplingParams) -> Answer:
+    def answer(self, params: SamplingParams, constraint: Constraint | None = None) -> Answer:
         """The state of one new answer in this model's vocabulary."""
-        return Answer(params, self.tokenizer, self.eos_ids)
+        return Answer(params, self.tokenizer, self.eos_ids, constraint)
 
     def generate(
         self,

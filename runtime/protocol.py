@@ -1,17 +1,15 @@
-"""The OpenAI wire format: what a request may say, what an answer looks like, how an error reads.
+"""The OpenAI wire format: what a request may say and how an error reads; `bodies.py` has the answers.
 
 Only what the engine does is accepted. A field that would change the answer and is not supported is refused with the
 field's name, never ignored; the same field at the value that means "off" is fine, because client libraries send it.
-Left out: tools, images, JSON mode, several choices per request, log-probabilities other than a chat answer's own.
+Left out: images, several choices per request, log-probabilities of the prompt, answers that must call a tool.
 Beyond OpenAI's fields there are `top_k`, `progress` (reports while a long prompt is read; streams only), `session`
 (the name under which the context is saved and restored) and `timeout` (seconds after which the request is given up).
 """
 
 from __future__ import annotations
 
-import time
-import uuid
-from dataclasses import dataclass
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -19,7 +17,6 @@ from pydantic_core import from_json
 
 from lcconvert.runtime.sampler import SamplingParams
 from lcconvert.runtime.sessions import NAME as SESSION_NAME
-from lcconvert.runtime.sessions import Saved, SessionError
 
 # Tokens generated when a request sets no limit. OpenAI's own default for chat is "all the context allows", which here
 # would reserve the whole cache for every greeting; the answer then ends with finish_reason "length".
@@ -28,15 +25,16 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 # Values that mean "off" for fields that are refused at any other value.
 _OFF: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (0,),
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
-    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "service_tier": ("auto", "default"),
-    "store": (False,), "refusal": (), "annotations": ([],), "audio": (), "tool_calls": ([],),
-    "reasoning_content": ("",),
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "frequency_penalty": (0,), "presence_penalty": (0,),
+    "logit_bias": ({},), "functions": ([],), "function_call": ("none", "auto"), "parallel_tool_calls": (True,),
+    "modalities": (["text"],), "service_tier": ("auto", "default"), "store": (False,), "refusal": (),
+    "annotations": ([],), "audio": (), "reasoning_content": ("",),
 }  # fmt: skip
 # Fields that label a request and cannot change its answer.
 _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+
+_MOST_MESSAGES = 20_000
+_MOST_LOGPROBS = 20
 
 # Below these the sampler's float32 arithmetic has nothing left to draw from; the limit of both is the likeliest token.
 _MIN_TEMPERATURE = 1e-4
@@ -98,6 +96,12 @@ def _one_prompt(value: Any) -> Any:
     raise ValueError("expected a string or a list of token ids")
 
 
+_Prompt = Annotated[
+    str | list[int],
+    BeforeValidator(_one_prompt, json_schema_input_type=str | list[Annotated[int, Field(ge=0)]] | list[str]),
+]
+
+
 class _Strict(BaseModel):
     """Types are taken as sent ("1" is not a number), unknown fields are errors, fields that are off are dropped."""
 
@@ -121,15 +125,95 @@ class StreamOptions(_Strict):
     include_obfuscation: Literal[False] = False
 
 
-class Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text)]
-    name: str | None = None
+class CalledFunction(_Strict):
+    name: str
+    arguments: str  # JSON
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
+        """Templates write the arguments out themselves, so they get them as an object where they are one."""
+        try:
+            arguments = json.loads(self.arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+        return {"name": self.name, "arguments": arguments if isinstance(arguments, dict) else self.arguments}
+
+
+class ToolCall(_Strict):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(_text, json_schema_input_type=str | list[TextPart] | None)] = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = Field(None, max_length=128)
+    tool_call_id: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
         """Templates know `system`; `developer` is OpenAI's newer name for the same role."""
-        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-        return message if self.name is None else {**message, "name": self.name}
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        message["content"] = self.content or ""
+        if self.tool_calls:
+            calls = [{"id": c.id, "type": c.type, "function": c.function.for_template()} for c in self.tool_calls]
+            message["tool_calls"] = calls
+        labels = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {key: value for key, value in labels.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"content is missing in a message of role {self.role}")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls in a message of role {self.role}; only an assistant calls tools")
+        return self
+
+
+class Function(_Strict):
+    name: str = Field(pattern="^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        function = self.function.model_dump(exclude_none=True, exclude={"strict"})
+        return {"type": self.type, "function": {"parameters": {"type": "object", "properties": {}}, **function}}
+
+
+class JsonSchema(_Strict):
+    name: str = Field(max_length=64)
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to type 'json_schema', and only to it")
+        return self
+
+    @property
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """The JSON schema that an answer must follow, if any."""
+        if self.json_schema is not None:
+            return self.json_schema.json_schema
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class _Generation(_Strict):
@@ -139,12 +223,13 @@ class _Generation(_Strict):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[_Stops | None, BeforeValidator(_stop_list)] = None
+    stop: Annotated[_Stops | None, BeforeValidator(_stop_list, json_schema_input_type=str | _Stops | None)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     progress: bool | None = None
     timeout: float | None = Field(None, gt=0, le=86_400)
     session: str | None = Field(None, pattern=f"^{SESSION_NAME}$")
+    response_format: ResponseFormat | None = None
 
     @property
     def asked_tokens(self) -> int | None:
@@ -153,6 +238,11 @@ class _Generation(_Strict):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives to tell beside each token's own log-probability; None: tell nothing."""
+        raise NotImplementedError
 
     def sampling(self, max_tokens: int) -> SamplingParams:
         temperature = 1.0 if self.temperature is None else self.temperature
@@ -166,6 +256,7 @@ class _Generation(_Strict):
             seed=self.seed,
             max_tokens=max_tokens,
             stop=tuple(self.stop or ()),
+            top_logprobs=self.wanted_logprobs or 0,
         )
 
     @model_validator(mode="after")
@@ -177,20 +268,59 @@ class _Generation(_Strict):
 
 
 class ChatRequest(_Generation):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=_MOST_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto"] | None = None
 
     @property
     def asked_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @model_validator(mode="after")
+    def _go_together(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.offered_tools and self.response_format and self.response_format.schema_wanted is not None:
+            raise ValueError("response_format asks for JSON while tools are offered; send one of the two")
+        return self
+
 
 class CompletionRequest(_Generation):
-    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
+    prompt: _Prompt
+    logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
 
 
-Request = TypeVar("Request", ChatRequest, CompletionRequest)
+class TokenizeRequest(_Strict):
+    """A text or messages; which tokens they become as a prompt."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=_MOST_MESSAGES)
+    tools: list[Tool] | None = Field(None, max_length=128)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected prompt or messages, one of the two")
+        return self
+
+
+Request = TypeVar("Request", ChatRequest, CompletionRequest, TokenizeRequest)
 
 
 def parse_request(kind: type[Request], body: bytes) -> Request:
@@ -220,98 +350,3 @@ def parse_request(kind: type[Request], body: bytes) -> Request:
         raise ApiError(
             400, message, param=param, code=None if first["type"] == "missing" else "invalid_value"
         ) from None
-
-
-# Answers
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """The natural-log probability of one generated token; `text` as the tokenizer shows the token alone."""
-
-    text: str
-    logprob: float
-
-    def body(self) -> dict[str, Any]:
-        whole = "\ufffd" not in self.text  # a token can be part of a character; it then has no text of its own
-        encoded = list(self.text.encode()) if whole else None
-        return {"token": self.text, "logprob": self.logprob, "bytes": encoded, "top_logprobs": []}
-
-
-def usage_body(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
-
-
-class ChatAnswer:
-    """Bodies of one chat answer; `piece` and `whole` take text, finish reason and log-probabilities (or None)."""
-
-    prefix, name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, model: str) -> None:
-        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    def whole(
-        self, text: str, finish: str, logprobs: list[TokenLogprob] | None, usage: dict[str, Any]
-    ) -> dict[str, Any]:
-        return {"object": self.name, **self._head, "choices": [self._choice(text, finish, logprobs)], "usage": usage}
-
-    def opening(self) -> dict[str, Any] | None:
-        """What a stream says before the first piece of text, if anything."""
-        return self._chunk({"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
-
-    def piece(self, text: str, finish: str | None, logprobs: list[TokenLogprob] | None) -> dict[str, Any]:
-        return self._chunk(self._piece_choice(text, finish, logprobs))
-
-    def notice(self, **fields: Any) -> dict[str, Any]:
-        """A chunk without text: usage at the end, progress during prefill."""
-        return {"object": self.chunk_name, **self._head, "choices": [], **fields}
-
-    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return {"object": self.chunk_name, **self._head, "choices": [choice]}
-
-    def _choice(self, text: str, finish: str, logprobs: list[TokenLogprob] | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text}
-        return {"index": 0, "message": message, "finish_reason": finish, "logprobs": _chat_logprobs(logprobs)}
-
-    def _piece_choice(self, text: str, finish: str | None, logprobs: list[TokenLogprob] | None) -> dict[str, Any]:
-        delta = {"content": text} if text or finish is None else {}
-        return {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": _chat_logprobs(logprobs)}
-
-
-class CompletionAnswer(ChatAnswer):
-    """Bodies of one text completion."""
-
-    prefix, name, chunk_name = "cmpl", "text_completion", "text_completion"
-
-    def opening(self) -> None:
-        return None
-
-    def _choice(self, text: str, finish: str | None, logprobs: list[TokenLogprob] | None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "finish_reason": finish, "logprobs": None}
-
-    _piece_choice = _choice
-
-
-def _chat_logprobs(logprobs: list[TokenLogprob] | None) -> dict[str, Any] | None:
-    return None if logprobs is None else {"content": [entry.body() for entry in logprobs]}
-
-
-def model_body(name: str, created: int, max_context: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "lcconvert", "max_model_len": max_context}
-
-
-def session_body(name: str, saved: Saved | SessionError) -> dict[str, Any]:
-    if isinstance(saved, SessionError):
-        return {"id": name, "object": "session", "error": str(saved)}
-    return {
-        "id": name,
-        "object": "session",
-        "created": int(saved.saved_at),
-        "tokens": saved.tokens,
-        "bytes": saved.size,
-    }

@@ -9,7 +9,8 @@ import torch
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those off; `max_tokens` caps the new tokens."""
+    """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those off; `max_tokens` caps the new tokens;
+    `top_logprobs` likeliest tokens are told beside each one chosen."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -17,6 +18,7 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
 
     def generator(self) -> torch.Generator:
         """A CPU generator, so that a seed gives the same tokens on every device."""
@@ -28,12 +30,18 @@ class SamplingParams:
         return generator
 
 
-def sample(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> tuple[int, float]:
-    """float32 logits [V] -> (token, its natural-log probability under the unmodified distribution)."""
+def sample(
+    logits: torch.Tensor, params: SamplingParams, generator: torch.Generator, allowed: torch.Tensor | None = None
+) -> tuple[int, float]:
+    """float32 logits [V] -> (token, its natural-log probability under the unmodified distribution).
+
+    Only tokens that are true in `allowed` (bool [V], at least one) can be chosen.
+    """
+    shown = logits if allowed is None else logits.masked_fill(~allowed.to(logits.device), float("-inf"))
     if params.temperature == 0:
-        token = int(logits.argmax())
+        token = int(shown.argmax())
     else:
-        scaled = (logits - logits.max()) / params.temperature  # a tiny temperature then ends at greedy, not at NaN
+        scaled = (shown - shown.max()) / params.temperature  # a tiny temperature then ends at greedy, not at NaN
         if params.top_k:
             kth = scaled.topk(min(params.top_k, scaled.numel())).values[-1]
             scaled = scaled.masked_fill(scaled < kth, float("-inf"))
@@ -45,3 +53,9 @@ def sample(logits: torch.Tensor, params: SamplingParams, generator: torch.Genera
             probs = probs.scatter(0, order[outside], 0.0)
         token = int(torch.multinomial(probs.cpu(), 1, generator=generator))
     return token, float(logits[token] - logits.logsumexp(-1))
+
+
+def likeliest(logits: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` tokens that float32 logits [V] favour, each with its natural-log probability, the likeliest first."""
+    values, tokens = (logits - logits.logsumexp(-1)).topk(min(count, logits.numel()))
+    return tuple(zip(tokens.tolist(), values.tolist(), strict=True))

@@ -23,13 +23,18 @@ from tokenizers import Tokenizer as Backend
 
 from lcconvert.runtime.errors import UserError
 
+_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """Built with `from_files`. Thread-safe: nothing changes after construction."""
+    """Built with `from_files`. Thread-safe: nothing changes after that."""
 
     def __init__(self, backend: Backend, config: Mapping[str, Any], template: str | Mapping[str, str] | None):
+        self.files: dict[str, bytes] = {}  # what it was made of
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -75,7 +80,9 @@ class Tokenizer:
             template = {entry["name"]: entry["template"] for entry in template}
         if "chat_template.jinja" in files:
             template = files["chat_template.jinja"].decode("utf-8")
-        return cls(backend, config, template)
+        made = cls(backend, config, template)
+        made.files = {name: files[name] for name in _FILES if name in files}
+        return made
 
     @property
     def has_chat_template(self) -> bool:

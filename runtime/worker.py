@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from lcconvert.runtime.engine import Engine
+    from lcconvert.runtime.grammar import Constraint
     from lcconvert.runtime.sampler import SamplingParams
 
 _log = logging.getLogger(__name__)
@@ -74,12 +75,19 @@ class Job:
     """One request as both threads see it. Create it on the event loop."""
 
     def __init__(
-        self, ids: list[int], params: SamplingParams, *, progress: bool = False, session: str | None = None
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        *,
+        progress: bool = False,
+        session: str | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.ids = ids
         self.session = session
         self.params = params
         self.progress = progress
+        self.constraint = constraint
         self.cached = 0  # prompt tokens that were not read again; known before the first piece
         self.created = time.perf_counter()
         self._events: asyncio.Queue[Piece | Progress | Exception] = asyncio.Queue()
@@ -343,7 +351,7 @@ class Worker:
             report, rest = self._between_layers(job), job.ids[lease.cached :]
             logits = self._engine.prefill(lease.sequence, rest, progress=report, cancelled=job.cancelled)
             self._cache.keep(lease, job.session)
-            run.answer = self._engine.answer(job.params)
+            run.answer = self._engine.answer(job.params, job.constraint)
         except Cancelled:
             self._drop(run)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import time
@@ -15,10 +16,20 @@ from lcconvert.runtime.api import make_app
 from lcconvert.runtime.engine import Cancelled, Engine
 from lcconvert.runtime.server import bind
 from lcconvert.runtime.source import FolderSource
+from lcconvert.runtime.texts import Texts
 
 MODEL = "tiny"
 SLOW = "~"  # a prompt with this character is held by `Held`
 CONTEXT = 2048
+_texts: dict[bytes, Texts] = {}  # one for all servers of a tokenizer, because starting one takes a while
+
+
+def shared_texts(engine: Engine) -> Texts:
+    files = engine.tokenizer.files
+    if (key := files["tokenizer.json"]) not in _texts:
+        _texts[key] = Texts(files)
+        atexit.register(_texts[key].close)
+    return _texts[key]
 
 
 def tiny_engine(folder: Path) -> Engine:
@@ -32,7 +43,7 @@ def tiny_engine(folder: Path) -> Engine:
 def running(engine: Engine, **options: object) -> Iterator[str]:
     """A real server on a free port in a thread; yields its URL."""
     listener = bind(port=0)
-    app = make_app(engine, model_name=MODEL, **options)
+    app = make_app(engine, model_name=MODEL, **{"texts": shared_texts(engine), **options})
     config = uvicorn.Config(app, http="h11", ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
