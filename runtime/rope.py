@@ -105,7 +105,11 @@ class RopeSpec:
             values["factor"] = config["max_position_embeddings"] / values["original_max_position"]
         if missing := [_CONFIG_NAME.get(n, n) for n in _NEEDS[kind] if values.get(n) is None]:
             raise UserError(f"config.json: rope type {kind!r} needs {missing[0]}, which is absent; add it")
-        if not 0 < float(values.get("partial", 1.0)) <= 1:
+        for name, value in values.items():
+            numbers = value if isinstance(value, tuple) else () if name in ("kind", "truncate") else (value,)
+            if any(isinstance(x, bool) or not isinstance(x, (int, float)) or not x > 0 for x in numbers):
+                raise UserError(f"config.json: {_CONFIG_NAME.get(name, name)} is {value!r}, expected more than 0")
+        if values.get("partial", 1.0) > 1:
             raise UserError(f"config.json: partial_rotary_factor is {values['partial']}, expected a share of a head")
         return cls(**values)
 
@@ -139,6 +143,8 @@ class RopeSpec:
     @property
     def attention_scale(self) -> float:
         """The factor on cos and sin, as transformers infers it when `attention_factor` is absent."""
+        if self.kind not in ("yarn", "longrope"):
+            return 1.0
         if self.attention_factor is not None:
             return float(self.attention_factor)
         if self.kind == "yarn":

@@ -64,7 +64,8 @@ class ModelSpec:
         heads = _positive(values, "num_attention_heads")
         hidden = _positive(values, "hidden_size")
         layers = _positive(values, "num_hidden_layers")
-        head_dim = values["head_dim"] or hidden // heads
+        head_dim = hidden // heads if values["head_dim"] is None else _positive(values, "head_dim")
+        scalar = _positive(values, "query_pre_attn_scalar") if "query_pre_attn_scalar" in values else head_dim
         attention_bias = bool(values.get("attention_bias", False))
         unrotated = _unrotated(values, layers) if family.unrotated else ()
         windowed = _windowed(family, values, layers, unrotated)
@@ -79,7 +80,7 @@ class ModelSpec:
             intermediate_size=_positive(values, "intermediate_size"),
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=_positive(values, "num_key_value_heads") if values["num_key_value_heads"] else heads,
+            num_kv_heads=heads if values["num_key_value_heads"] is None else _positive(values, "num_key_value_heads"),
             head_dim=head_dim,
             vocab_size=_positive(values, "vocab_size"),
             rms_eps=float(values["rms_norm_eps"]),
@@ -96,7 +97,7 @@ class ModelSpec:
             pre_norms=family.pre_norms,
             post_norms=family.post_norms,
             norm_shift=family.norm_shift,
-            query_gain=(head_dim / values.get("query_pre_attn_scalar", head_dim)) ** 0.5,
+            query_gain=(head_dim / scalar) ** 0.5,
             embed_scale=hidden**0.5 if family.scaled_embeddings else 1.0,
             activation=_ACTIVATIONS[act],
             interleaved=family.interleaved,

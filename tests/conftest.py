@@ -52,3 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+@pytest.fixture(scope="session")
+def families_root(tmp_path_factory):
+    """Where the tiny checkpoints of all families are kept for a session."""
+    return tmp_path_factory.mktemp("families")

@@ -13,21 +13,21 @@ import torch
 import transformers
 from families import ROWS, TOKENS, Written, written
 
+from lcconvert.convert.extend import ExtendConfig, extend
+from lcconvert.convert.prefix_tuning import hidden_after, read_prefix
 from lcconvert.convert.quantize import quantize
 from lcconvert.convert.quantize_config import QuantizeConfig
 from lcconvert.runtime.engine import Engine
+from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.model import load_decoder
+from lcconvert.runtime.sidecar import AttentionPolicy
 from lcconvert.runtime.source import FolderSource
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("families")
+from lcconvert.runtime.spec import ModelSpec
 
 
 @pytest.fixture(params=ROWS)
-def model(request: pytest.FixtureRequest, root: Path) -> Written:
-    return written(request.param, root)
+def model(request: pytest.FixtureRequest, families_root: Path) -> Written:
+    return written(request.param, families_root)
 
 
 def worst(engine: Engine, ids: list[int], theirs: torch.Tensor) -> float:
@@ -71,3 +71,54 @@ def test_flash(model: Written, tmp_path: Path) -> None:
     out = quantize(str(model.folder), tmp_path / "out", config)
     theirs = _read(out, torch.float32)(torch.tensor([model.ids])).logits[0]
     assert worst(Engine.load(FolderSource(out), device="cpu"), model.ids, theirs) <= 1e-4
+
+
+CONTEXT = 8192
+
+
+def test_extend(model: Written, tmp_path: Path) -> None:
+    """The artifact has the family's own names and order, and transformers reads it alike. Windowed layers, and those
+    without RoPE, stay as they are."""
+    spec = ModelSpec.from_config(FolderSource(model.folder).config)
+    method = "theta" if spec.rope.kind != "linear" else "linear"
+    config = ExtendConfig(context=CONTEXT, method=method, device="cpu")
+    if refused := _why_not(spec):
+        with pytest.raises(UserError, match=refused):
+            extend(str(model.folder), tmp_path / "out", config)
+        return
+    source = FolderSource(extend(str(model.folder), tmp_path / "out", config))
+    assert sorted(source.names()) == sorted(FolderSource(model.folder).names())
+    after = ModelSpec.from_config(source.config)
+    changed = [n for n in range(spec.num_layers) if after.rope_of(n) != spec.rope_of(n)]
+    assert changed == [n for n in range(spec.num_layers) if n not in (*spec.windowed, *spec.unrotated)]
+    assert (after.windowed, after.window, after.max_position) == (spec.windowed, spec.window, CONTEXT)
+    decoder = load_decoder(source)
+    theirs = _read(source.path, torch.float32)(torch.tensor([model.ids])).logits[0]
+    with torch.no_grad():
+        assert (decoder.logits(decoder(torch.tensor([model.ids])))[0] - theirs).abs().max() <= 1e-4
+
+
+def _why_not(spec: ModelSpec) -> str:
+    if spec.rope.kind == "longrope":
+        return "searched for its own length"
+    turned = set(spec.windowed) - set(spec.unrotated)
+    return "cannot keep apart" if turned and spec.local_rope is None else ""
+
+
+@pytest.mark.parametrize("row", ["qwen3", "gemma3", "olmo3", "smollm3"])
+def test_training_computes_the_same(row: str, families_root: Path) -> None:
+    """With layers computed again in the backward pass, and for questions on a text that was read before."""
+    model = written(row, families_root)
+    decoder = load_decoder(FolderSource(model.folder))
+    ids = torch.tensor([model.ids])
+    decoder.logits(decoder(ids, checkpoint_layers=True)[0, ::50]).square().mean().backward()
+    kept = {name: weight.grad.clone() for name, weight in decoder.named_parameters()}
+    decoder.zero_grad()
+    plain = decoder(ids)
+    decoder.logits(plain[0, ::50]).square().mean().backward()
+    for name, weight in decoder.named_parameters():
+        torch.testing.assert_close(kept[name], weight.grad, atol=1e-5, rtol=1e-4)
+    prefix = read_prefix(decoder, ids[0, :300], AttentionPolicy(), torch.float32)
+    with torch.no_grad():
+        after = hidden_after(decoder, prefix, ids[:, 300:])
+    torch.testing.assert_close(after, plain[:, 300:], atol=1e-4, rtol=1e-4)

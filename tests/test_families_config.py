@@ -1,0 +1,131 @@
+"""Every field of every family's config.json changed in turn: what changes transformers' logits changes ours, equally,
+or is refused by name. So is a field that neither knows."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import ROWS, Written, written
+
+from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.model import load_decoder
+from lcconvert.runtime.source import FolderSource
+
+TOKENS = 160  # more than the window
+SAME = 1e-4
+DISTINCT = [row for row in ROWS if row not in ("llama", "mistral", "qwen2") and not row.endswith("biases")]
+
+
+def mutations(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, new value) for everything below `value`; `...` deletes."""
+    for key, old in value.items():
+        here = (*path, key)
+        yield here, ...
+        if isinstance(old, dict):
+            yield from mutations(old, here)
+            continue
+        yield from ((here, new) for new in others(old))
+
+
+def others(old: Any) -> list[Any]:
+    match old:
+        case bool():
+            return [not old]
+        case int():
+            return [old * 2 + 1, 0]
+        case float():
+            return [old * 2, old / 4]
+        case None:
+            return [True, 40]
+        case str():
+            return {"default": ["linear", "yarn", "proportional"], "silu": ["gelu", "relu"]}.get(old, [old + "_2"])
+        case list():
+            return [old[::-1], old[:-1], None]
+    raise AssertionError(f"no other value for {old!r}")
+
+
+def changed(config: dict[str, Any], path: tuple[str, ...], new: Any) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    place = config
+    for key in path[:-1]:
+        place = place[key]
+    if new is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = new
+    return config
+
+
+@torch.no_grad()
+def theirs(model: Written, config: dict[str, Any], state: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """transformers' logits; None where it refuses the config, crashes, or would make up weights."""
+    try:
+        read = type(model.oracle.config).from_dict(copy.deepcopy(config))
+        with torch.device("meta"):
+            other = transformers.AutoModelForCausalLM.from_config(read)
+        other.load_state_dict(state, strict=False, assign=True)
+        other.tie_weights()
+        if any(weight.is_meta for weight in other.parameters()):
+            return None
+        for name, module in list(other.named_modules()):
+            if name.endswith("rotary_emb"):  # its tables are no weights
+                other.set_submodule(name, type(module)(read))
+        for name, buffer in list(other.named_buffers()):
+            if buffer.is_meta:
+                scale = read.hidden_size**0.5  # Gemma's embeddings have the only one
+                owner, _, leaf = name.rpartition(".")
+                setattr(other.get_submodule(owner), leaf, torch.tensor(scale))
+        return other.eval()(torch.tensor([model.ids[:TOKENS]])).logits[0]
+    except Exception:  # any way of saying no
+        return None
+
+
+@torch.no_grad()
+def ours(source: FolderSource, ids: list[int]) -> torch.Tensor | None:
+    try:
+        decoder = load_decoder(source)
+        return decoder.logits(decoder(torch.tensor([ids[:TOKENS]])))[0]
+    except UserError:
+        return None
+
+
+@pytest.mark.parametrize("row", DISTINCT)
+def test_no_field_is_read_otherwise(row: str, families_root: Path) -> None:
+    model = written(row, families_root)
+    source = FolderSource(model.folder)
+    state = model.oracle.state_dict()
+    config = json.loads((model.folder / "config.json").read_text())
+    before = theirs(model, config, state)
+    assert before is not None
+    assert (ours(source, model.ids) - before).abs().max() <= SAME
+    wrong, alike = [], 0
+    for path, new in mutations(config):
+        source.config = changed(config, path, new)
+        found = ours(source, model.ids)
+        if found is None:
+            continue  # refused
+        expected = theirs(model, source.config, state)
+        if expected is None:
+            continue  # nothing to compare with
+        alike += 1
+        if not (found - expected).abs().max() <= SAME:
+            wrong.append(f"{'.'.join(path)} = {'absent' if new is ... else new!r}")
+    assert not wrong, "\n".join(wrong)
+    assert alike > 10
+
+
+@pytest.mark.parametrize("row", ["llama", "phi3", "gemma3"])
+def test_what_is_not_understood_is_named(row: str, families_root: Path) -> None:
+    source = FolderSource(written(row, families_root).folder)
+    plain = source.config
+    for key in ("attention_chunk_size", "logit_scale", "moe_layers"):
+        source.config = {**plain, key: 3}
+        with pytest.raises(UserError, match=f"{key} is 3, which is not understood"):
+            load_decoder(source)
