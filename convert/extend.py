@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from lcconvert.convert.extend_config import ExtendConfig, Stage
 from lcconvert.convert.extend_plan import CARDS, Cost, card_named, fit_time, render
 from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.license import source_license
+from lcconvert.convert.parallel import start_process
 from lcconvert.convert.provenance import made_with, named_source, public_name
 from lcconvert.convert.rope_methods import extend_rope
 from lcconvert.convert.trainer import HOW_TO_RESUME, remove_state, train
-from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
+from lcconvert.convert.writer import ShardWriter, new_folder, partial_folder, verify_folder, write_files
 from lcconvert.runtime.errors import CheckFailed, UserError
 from lcconvert.runtime.families import family_of
 from lcconvert.runtime.model import Decoder, load_decoder
@@ -50,17 +52,21 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
     """Writes the checkpoint `src` with context `config.context` to the new folder `out` and returns it.
 
     UserError (nothing written) when the request cannot be met; CheckFailed when training diverges or what was written
-    does not read back equal; Interrupted with the work folder kept for the same command to resume.
+    does not read back equal; Interrupted with the work folder kept for the same command to resume. Of several processes
+    under `accelerate launch` all train and the first one writes; the others return as soon as they are not needed.
     """
     source, spec, rope = _stretch(src, config)
     tokenizer = Tokenizer.from_files(source.files)
     held_out = [Haystack.load(path).text for path in (None, *map(Path, config.held_out))]
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    process = start_process(device)
     config = _planned(config, spec, torch.device(device))
     resume = HOW_TO_RESUME if config.plan else None
     need = spec.parameters() * (2 + (_STATE_BYTES if config.plan else 0))
 
-    with new_folder(Path(out), keep_on_stop=resume, need_bytes=need) as folder:
+    main = process.is_main_process
+    writing = new_folder(Path(out), keep_on_stop=resume, need_bytes=need) if main else nullcontext(partial_folder(out))
+    with writing as folder:
         stretched = _Stretched(source, extended_config(source.config, spec, rope, config.context))
         decoder = load_decoder(stretched, device=device, dtype=torch.float32 if config.plan else torch.bfloat16)
         provenance = _provenance(source, src, stretched.sha256(), config) | made_with(device, "accelerate")
@@ -75,17 +81,19 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
                 skip_bad=config.skip_bad,
                 held_out=held_out,
             )
-            for place in corpus.skipped:
+            for place in corpus.skipped if main else ():
                 click.echo(f"skipped {place}", err=True)
-            if corpus.held_out:
+            if corpus.held_out and main:
                 click.echo(f"left out {corpus.held_out} documents that hold held-out text", err=True)
             replayed = any(stage.replay_share for stage in config.plan)
             compute = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
             teacher = load_decoder(source, device=device, dtype=compute) if replayed else None
-            provenance["training"] = train(
+            decoder, provenance["training"] = train(
                 decoder, corpus, tokenizer, config, folder, stretched.sha256(), teacher=teacher
             )
             del teacher
+        if not main:
+            return Path(out)
         decoder = decoder.to(torch.bfloat16)
         claim = ContextClaim(configured=config.context)
         sidecar = Sidecar(variant="extended", context=claim, provenance=provenance)

@@ -39,6 +39,12 @@ class _Plain:
         print(f"{self.label}: {self.done}/{self.total} {self.unit}{tail}{note}", file=sys.stderr, flush=True)
 
 
+class _Silent:
+    def advance(self, n: int = 1) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
 class _Bar:
     def __init__(self, bar: object, task: object):
         self.bar, self.task = bar, task
@@ -56,8 +62,11 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str = "") -> Iterator[Progress]:
-    """Shows `total` steps of `unit` under `label` until the block ends."""
+def progress(label: str, total: int, unit: str = "", shown: bool = True) -> Iterator[Progress]:
+    """Shows `total` steps of `unit` under `label` until the block ends; nothing where it is not `shown`."""
+    if not shown:
+        yield _Silent()
+        return
     if not sys.stderr.isatty():
         plain = _Plain(label, total, unit)
         yield plain

@@ -1,8 +1,8 @@
 """Fine-tunes the decoder on the planned stages, through accelerate, and can be stopped and resumed at any step.
 
 A checkpoint holds weights, optimizer, random states and the step; rows and learning rates are functions of the step, so
-a run that was killed and resumed draws the same loss curve, number for number, as one that was not. Several processes
-are left out: this trains on one device.
+a run that was killed and resumed draws the same loss curve, number for number, as one that was not. Under
+`accelerate launch` several GPUs train together (`parallel`); one alone is the case of a single process.
 
 Surprising rule: the loss is averaged over rows, not tokens. A retrieval row has a dozen answer tokens and a text row
 thousands; by tokens the answers would not count.
@@ -24,18 +24,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lcconvert.convert.corpus import Corpus
 from lcconvert.convert.extend_config import REPLAY_TOKENS, ExtendConfig, Stage
 from lcconvert.convert.lora import add_lora, merge_lora
 from lcconvert.convert.loss import weighted_cross_entropy, weighted_divergence
+from lcconvert.convert.parallel import Processes, make_accelerator, whole_weights
 from lcconvert.convert.prefix_tuning import Prefix, hidden_after, read_prefix
 from lcconvert.convert.progress import progress
 from lcconvert.convert.rows import StageRows
+from lcconvert.convert.shards import Shards
 from lcconvert.convert.training_log import TrainingLog
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
 from lcconvert.runtime.model import Decoder
@@ -55,6 +55,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.checkpoint_layers = checkpoint_layers
+        self.shards = Shards()  # what is held here of every row
         self._teacher = (teacher,)  # in a tuple, so that its weights are neither trained nor saved
 
     def forward(
@@ -68,16 +69,22 @@ class LossModule(nn.Module):
         """ids and positions int64 [B, T], weights fp32 [B, T] over the tokens to predict, replay bool [B] -> mean loss.
 
         The loss of a replayed row is its mean divergence from the teacher, in nats. With `prefix`, other rows go on
-        after it, each by itself, and their positions are not read.
+        after it, each by itself and whole, and their positions are not read. Where rows are shared, this is the part
+        of the loss that is computed here times the number that share it.
         """
         parts = []
         if not replay.all():
             kept = ~replay
+            # next tokens [B, T]; the first token is nobody's next, and the weight that says so is now the last
+            targets, counted = ids[kept].roll(-1, 1), weights[kept].roll(-1, 1) / len(ids)
             if prefix is None:
-                hidden = self.decoder(ids[kept], positions[kept], checkpoint_layers=self.checkpoint_layers)[:, :-1]
+                rows, places, targets, counted = map(self.shards.local, (ids[kept], positions[kept], targets, counted))
+                counted = counted * self.shards.size
+                hidden = self.decoder(
+                    rows, places, checkpoint_layers=self.checkpoint_layers, attend_of=self.shards.attend_of
+                )
             else:
-                hidden = hidden_after(self.decoder, prefix, ids[kept])[:, :-1]
-            targets, counted = ids[kept, 1:], weights[kept, 1:] / len(ids)  # [B, T-1]
+                hidden = hidden_after(self.decoder, prefix, ids[kept])
             parts.append(
                 weighted_cross_entropy(
                     hidden.flatten(0, 1), self.decoder.head_weight, targets.flatten(), counted.flatten()
@@ -88,17 +95,21 @@ class LossModule(nn.Module):
         return torch.stack(parts).sum()
 
     def _divergence(self, ids: torch.Tensor) -> torch.Tensor:
-        """Mean KL(teacher || model) over pieces of the rows [R, T], each read from position 0 by both."""
+        """Mean KL(teacher || model) over pieces of the rows [R, T], each read from position 0 by both.
+
+        Where rows are shared, pieces stay whole and each process takes some."""
         (teacher,) = self._teacher
         assert teacher is not None
         size = min(REPLAY_TOKENS, teacher.spec.max_position, ids.shape[1])
         pieces = ids[:, : ids.shape[1] // size * size].reshape(-1, size)
+        share = self.shards.size / pieces.numel()
+        pieces, real = self.shards.dealt(pieces)
         with torch.no_grad():
             wanted = torch.cat([teacher(piece) for piece in pieces.split(_REPLAY_PIECES)])
         hidden = torch.cat(
             [self.decoder(piece, checkpoint_layers=self.checkpoint_layers) for piece in pieces.split(_REPLAY_PIECES)]
         )
-        weights = torch.full((pieces.numel(),), 1.0 / pieces.numel(), device=ids.device)
+        weights = (real * share).repeat_interleave(size)
         return weighted_divergence(
             hidden.flatten(0, 1), self.decoder.head_weight, wanted.flatten(0, 1), teacher.head_weight, weights
         )
@@ -112,20 +123,20 @@ def train(
     folder: Path,
     source: str,
     teacher: Decoder | None = None,
-) -> dict[str, Any]:
-    """Trains `decoder` (float32, on its device) in place; log and plot go to `folder`/training, checkpoints beside it.
+) -> tuple[Decoder, dict[str, Any]]:
+    """Trains `decoder` (float32, on its device); log and plot go to `folder`/training, checkpoints beside it.
 
     Resumes from a checkpoint in `folder` made with the same settings, data and `source` (a digest of the weights that
     training started from); UserError names the first setting that differs. `teacher` is the original model, where rows
-    are replayed. CheckFailed when the loss stops being
-    finite, Interrupted after Ctrl-C, both with the last checkpoint kept. Returns what provenance records.
+    are replayed. CheckFailed when the loss stops being finite, Interrupted after Ctrl-C, both with the last checkpoint
+    kept. Returns, in every process, the trained decoder and what provenance records.
     """
     device = decoder.head_weight.device
     mixed = "bf16" if (config.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16" else "no"
-    AcceleratorState._reset_state(reset_partial_state=True)  # it is global: an earlier run may have chosen otherwise
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
-    if accelerator.num_processes > 1:
-        raise UserError(f"extend was started in {accelerator.num_processes} processes; start it without a launcher")
+    accelerator = make_accelerator(device, mixed)
+    processes = Processes(accelerator)
+    if processes.sharded_weights and any(stage.questions for stage in config.plan):
+        raise UserError("a stage with questions reads with whole weights; start accelerate without FSDP for it")
     identity = json.loads(json.dumps({**config.training_identity(), "text": corpus.sha256, "source": source}))
     if config.lora_rank:
         add_lora(decoder, config.lora_rank, config.lora_alpha, config.lora_train, config.seed)
@@ -135,17 +146,17 @@ def train(
         layer.mlp.tile_rows = config.mlp_tile
     model, optimizer = accelerator.prepare(LossModule(decoder, config.gradient_checkpointing, teacher), optimizer)
     done = _resume(accelerator, folder, identity)
-    log = TrainingLog(folder / "training", done)
+    log = TrainingLog(folder / "training", done, writes=processes.writes)
     total = sum(stage.steps for stage in config.plan)
     step = first_step = first_row = first_token = 0
 
-    with _stop_at_border() as stop, progress("training", total, "steps") as bar:
+    with _stop_at_border() as stop, progress("training", total, "steps", shown=processes.writes) as bar:
         bar.advance(done)
         for number, stage in enumerate(config.plan):
             rows = StageRows(stage, corpus, tokenizer, config.context, config.seed, first_row, first_token)
             step = max(done, first_step)
             steps = _reading_steps if stage.questions else _stage_steps
-            for result in steps(accelerator, model, optimizer, rows, config.clip_norm, step - first_step):
+            for result in steps(processes, model, optimizer, rows, config.clip_norm, step - first_step):
                 if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                     raise CheckFailed(_not_finite(step + 1, folder, rows.origins(step - first_step)))
                 step += 1
@@ -153,27 +164,42 @@ def train(
                 log.add(step=step, stage=number, tokens=tokens, **asdict(result))
                 bar.note(f"loss {result.loss:.3f}")
                 bar.advance()
-                if stop.is_set() or (config.save_every and step % config.save_every == 0 and step < total):
+                stopping = processes.any(stop.is_set())
+                if stopping or (config.save_every and step % config.save_every == 0 and step < total):
                     _save(accelerator, folder, step, identity)
-                if stop.is_set():
+                if stopping:
                     raise Interrupted(f"stopped after step {step} of {total}, saved in {folder}; {HOW_TO_RESUME}")
             first_step += stage.steps
             first_row += stage.rows
             first_token += stage.rows * stage.seq_len
     log.plot()
+    if processes.sharded_weights:
+        decoder = _whole(decoder, config)
     accelerator.free_memory()
     if config.lora_rank:
         merge_lora(decoder)
     decoder.eval()
     last = [row["loss"] for row in log.rows[-10:]]
-    return {
+    facts = {
         "steps": total,
         "tokens": first_token,
-        "loss_of_last_steps": sum(last) / len(last),
+        "loss_of_last_steps": sum(last) / max(1, len(last)),
         "data_sha256": corpus.sha256,
         "held_out_documents": corpus.held_out,
         "skipped": len(corpus.skipped),
     }
+    return decoder, facts
+
+
+def _whole(decoder: Decoder, config: ExtendConfig) -> Decoder:
+    """A decoder of whole weights, adapters still apart, from one whose weights are sharded."""
+    weights = {name: whole_weights(weight) for name, weight in decoder.state_dict().items()}
+    with torch.device("meta"):
+        fresh = Decoder(decoder.spec)
+        if config.lora_rank:
+            add_lora(fresh, config.lora_rank, config.lora_alpha, config.lora_train, config.seed)
+    fresh.load_state_dict(weights, assign=True)
+    return fresh
 
 
 @dataclass(frozen=True)
@@ -184,7 +210,7 @@ class StepResult:
 
 
 def _stage_steps(
-    accelerator: Accelerator,
+    processes: Processes,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     rows: StageRows,
@@ -195,16 +221,17 @@ def _stage_steps(
 
     A loss or gradient that is not finite ends it with the weights as they were before that step.
     """
-    stage, step = rows.stage, done
+    stage, step, accelerator = rows.stage, done, processes.accelerator
     if done >= stage.steps:
         return
     accelerator.gradient_accumulation_steps = stage.accumulate
-    loader = accelerator.prepare(DataLoader(rows, batch_size=stage.batch_size))
+    loader = processes.loader(rows, stage.batch_size)
+    accelerator.unwrap_model(model).shards = processes.shards(stage.batch_size)
     losses: list[float] = []
     for batch in accelerator.skip_first_batches(loader, done * stage.accumulate):
         with accelerator.accumulate(model):
             loss = model(**batch)
-            losses.append(loss.item())
+            losses.append(processes.mean(loss))
             accelerator.backward(loss)
             if not accelerator.sync_gradients:
                 continue
@@ -224,7 +251,7 @@ def _stage_steps(
 
 
 def _reading_steps(
-    accelerator: Accelerator,
+    processes: Processes,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     rows: StageRows,
@@ -235,8 +262,10 @@ def _reading_steps(
 
     Its loss is the mean over updates, each measured before the weights have met its questions.
     """
-    stage = rows.stage
-    decoder = accelerator.unwrap_model(model).decoder
+    stage, accelerator = rows.stage, processes.accelerator
+    module = accelerator.unwrap_model(model)
+    module.shards = processes.shards(1)  # of the row that is replayed
+    decoder = module.decoder
     device = decoder.head_weight.device
     policy = AttentionPolicy(kind=stage.prefix_attention)
     accelerator.gradient_accumulation_steps = 1
@@ -250,8 +279,8 @@ def _reading_steps(
             group["lr"] = lr
         losses, norms = [], []
         for number, batch in enumerate(updates):
-            loss = model(**send_to_device(batch, device), prefix=prefix)
-            losses.append(loss.item())
+            loss = model(**send_to_device(processes.dealt(batch), device), prefix=prefix)
+            losses.append(processes.mean(loss))
             accelerator.backward(loss)
             if stage.replay_share:
                 held = model(**send_to_device(rows.replay(step, number), device))
@@ -285,14 +314,19 @@ def _weight_groups(decoder: Decoder, decay: float) -> list[dict[str, Any]]:
 def _save(accelerator: Accelerator, folder: Path, step: int, identity: dict[str, Any]) -> None:
     """A checkpoint is complete when its mark is there, and the one before it stays until then."""
     state, newer, older = folder / STATE, folder / _NEWER, folder / _OLDER
-    shutil.rmtree(newer, ignore_errors=True)
-    shutil.rmtree(older, ignore_errors=True)
+    if accelerator.is_main_process:
+        shutil.rmtree(newer, ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(newer))
-    (newer / _MARK).write_text(json.dumps({"step": step, "identity": identity}))
-    if state.exists():
-        state.rename(older)
-    newer.rename(state)
-    shutil.rmtree(older, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (newer / _MARK).write_text(json.dumps({"step": step, "identity": identity}))
+        if state.exists():
+            state.rename(older)
+        newer.rename(state)
+        shutil.rmtree(older, ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 
 def saved_step(folder: Path) -> int:

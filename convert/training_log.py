@@ -14,25 +14,34 @@ PLOT = "loss.png"
 
 
 class TrainingLog:
-    """Appends to `folder`/loss.jsonl, keeping only the first `steps` lines of what is there."""
+    """Appends to `folder`/loss.jsonl, keeping only the first `steps` lines of what is there.
 
-    def __init__(self, folder: Path, steps: int):
-        self.path = folder / LOG
-        kept = self.path.read_bytes().splitlines(keepends=True)[:steps] if self.path.exists() else []
+    Without `writes`, for all but one of several processes, it only remembers what is added.
+    """
+
+    def __init__(self, folder: Path, steps: int, writes: bool = True):
+        self.path, self.writes = folder / LOG, writes
+        kept = self.path.read_bytes().splitlines(keepends=True)[:steps] if writes and self.path.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in kept]
+        if not writes:
+            return
         if kept:
             self.path.write_bytes(b"".join(kept))
         else:
             self.path.unlink(missing_ok=True)
 
     def add(self, **row: Any) -> None:
-        self.path.parent.mkdir(exist_ok=True)
         self.rows.append(row)
+        if not self.writes:
+            return
+        self.path.parent.mkdir(exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def plot(self) -> None:
         """Loss, learning rate and gradient norm over the steps, as loss.png beside the log."""
+        if not self.writes:
+            return
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 

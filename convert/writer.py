@@ -44,7 +44,7 @@ def new_folder(out: Path, *, keep_on_stop: str | None = None, need_bytes: int = 
     reused by the next call. `need_bytes`: refuse before writing when the disk has less. UserError when `out` is taken,
     when another command is writing it or when the disk fills; Interrupted, naming the state left, on Ctrl-C.
     """
-    partial = out.parent / (out.name + ".partial")
+    partial = partial_folder(out)
     _refuse_taken(out)
     try:
         created = _make_parents(out.parent)
@@ -73,6 +73,11 @@ def new_folder(out: Path, *, keep_on_stop: str | None = None, need_bytes: int = 
         raise
     finally:
         os.close(lock)
+
+
+def partial_folder(out: Path) -> Path:
+    """Where `out` is written until it is complete."""
+    return out.parent / (out.name + ".partial")
 
 
 def _refuse_taken(out: Path) -> None:

@@ -61,7 +61,7 @@ STEP = random.SystemRandom().randint(1, 8)  # any step will do; a failure shows 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lcconvert.convert import trainer
+from lcconvert.convert import parallel, trainer
 from lcconvert.convert.extend import ExtendConfig, extend
 
 how, number = sys.argv[4], int(sys.argv[5])
@@ -73,7 +73,7 @@ class Killing(trainer.TrainingLog):
         if how == "step" and row["step"] == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-class Accelerator(trainer.Accelerator):
+class Accelerator(parallel.Accelerator):
     def save_state(self, folder):
         global saves
         super().save_state(folder)
@@ -81,7 +81,7 @@ class Accelerator(trainer.Accelerator):
         if how == "save" and saves == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-trainer.TrainingLog, trainer.Accelerator = Killing, Accelerator
+trainer.TrainingLog, parallel.Accelerator = Killing, Accelerator
 extend(sys.argv[1], Path(sys.argv[2]), ExtendConfig.model_validate_json(sys.argv[3]))
 """
 
