@@ -43,12 +43,19 @@ def read_reference(engine: Engine, ids: list[int]) -> Reference:
     return Reference(ids, hidden, engine.model.head_weight.detach())
 
 
-def compare(engine: Engine, reference: Reference, decode_tokens: int) -> dict[str, Any]:
-    """Agreement over all positions, by position, and over the last `decode_tokens` on the decode path."""
+def compare(engine: Engine, reference: Reference, decode_tokens: int, *, step: int | None = None) -> dict[str, Any]:
+    """Agreement over all positions, by position, and over the last `decode_tokens` on the decode path.
+
+    With `step` the ids are prefilled so many at a time, which read those before them from the quantized cache.
+    """
     ids = reference.ids
     seq = engine.new_sequence()
+    step = step or len(ids)
     try:
-        hidden = engine.prefill(seq, ids[:-1], want="all")
+        parts = [
+            engine.prefill(seq, ids[i : min(i + step, len(ids) - 1)], want="all") for i in range(0, len(ids) - 1, step)
+        ]
+        hidden = torch.cat(parts)
         rows = [
             _compare_rows(
                 reference.log_probs(i, min(i + BLOCK, len(hidden)), engine.device),

@@ -1,8 +1,10 @@
 """What calibration text shows about one layer at a time: input second moments, the reach of K and V, block selectors.
 
-Only one layer is in memory, and with it the samples' hidden states at its input; a layer is observed with its original
-weights, quantized, and run again, so that later layers are calibrated on the inputs they will really get. The decoder
-as a whole is never loaded.
+Only one layer is in memory, and with it the samples' hidden states twice: as the layers rounded so far give them, and
+as the original ones did. Linear layers are shown in the order they run, each group after the ones before it have been
+rounded, so every moment is of inputs that will really come. From the pair follows what rounding has cost so far, which
+the next weights are asked to give back (GPTAQ, arXiv 2504.02692; the residual stream likewise). The decoder as a whole
+is never loaded.
 
 The surprising rule: the peak of K is taken over the lengths of its rotary pairs, not over its components. A rotation
 keeps that length, so a scale found at position 2,000 cannot overflow at position 1,000,000.
@@ -10,9 +12,9 @@ keeps that length, so a scale found at position 2,000 cannot overflow at positio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +82,7 @@ def load_layer(source: TensorSource, spec: ModelSpec, number: int, device: torch
     prefix = f"model.layers.{number}"
     with torch.device("meta"):
         layer = Layer(spec, QuantLayout(), number)
-    stored = source.info(f"{prefix}.mlp.down_proj.weight")[0]
+    stored = source.info("model.embed_tokens.weight")[0]  # a decoded weight is float32
     state = {}
     for leaf, wanted in layer.state_dict().items():
         name = f"{prefix}.{leaf}"
@@ -91,11 +93,28 @@ def load_layer(source: TensorSource, spec: ModelSpec, number: int, device: torch
 
 
 @dataclass(frozen=True)
-class Observed:
-    """moments: E[x x^T] float32 [K, K] by the first name of each `SHARED_INPUT` row; k_scale, v_scale: float32 [Hkv];
-    alpha: float32 [Hq] and the share of skippable key blocks it keeps, None unless asked for."""
+class Moments:
+    """What linear layers with one input saw, x as it will be and x' as it was in the original model, means over tokens.
 
-    moments: dict[str, torch.Tensor]
+    inputs: E[x x^T] float32 [K, K]. missing: E[(x' - x) x^T] float32 [K, K]. owed: E[(r' - r) x^T] float32 [N, K] where
+    the output of the one layer is added to r; None where it is not.
+    """
+
+    inputs: torch.Tensor
+    missing: torch.Tensor
+    owed: torch.Tensor | None
+
+    def debt(self, weight: torch.Tensor) -> torch.Tensor:
+        """E[(W x' + r' - W x - r) x^T] for W float32 [N, K]: what the outputs lack, against the inputs; [N, K]."""
+        lacking = weight @ self.missing
+        return lacking if self.owed is None else lacking.add_(self.owed)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """k_scale, v_scale: float32 [Hkv]; alpha: float32 [Hq] and the share of skippable key blocks it keeps, None unless
+    asked for."""
+
     k_scale: torch.Tensor
     v_scale: torch.Tensor
     alpha: torch.Tensor | None = None
@@ -103,7 +122,10 @@ class Observed:
 
 
 class Calibration:
-    """The samples on their way through the layers: hidden states [S, T, H] at the input of the next layer."""
+    """The samples on their way through the layers: hidden states [S, T, H] at the input of the next layer.
+
+    `hidden` comes out of rounded layers, `exact` out of the original ones.
+    """
 
     def __init__(self, source: TensorSource, spec: ModelSpec, windows: torch.Tensor, device: torch.device):
         embedding = source.tensor("model.embed_tokens.weight")
@@ -113,53 +135,99 @@ class Calibration:
             )
         dtype = torch.float32 if device.type == "cpu" else embedding.dtype
         self.hidden = scaled(spec, F.embedding(windows, embedding).to(device, dtype))  # [S, T, H]
+        self.exact = self.hidden.clone()
         positions = torch.arange(windows.shape[1], device=device)
         self.tables = layer_tables(spec, positions)
+        self.last = spec.num_layers - 1
 
     @torch.no_grad()
-    def observe(self, layer: Layer, policy: AttentionPolicy | None, mass: float) -> Observed:
-        """Runs `layer` on every sample without moving on.
+    def walk(
+        self, layer: Layer, policy: AttentionPolicy | None, mass: float, reached: Callable[[Reach], None]
+    ) -> Iterator[tuple[tuple[str, ...], Moments]]:
+        """Takes every sample through `layer`: yields each `SHARED_INPUT` row with what it sees, before it runs.
 
+        The caller rounds those weights in place before it goes on. `reached` is called once K and V are known;
         `policy`: calibrate its alpha, on the first sample, to recall `mass` of the attention.
         """
-        moments: dict[str, torch.Tensor] = {}
+        exact = deepcopy(layer)
+        tables = self.tables[layer.number]
+        seen = _Sums()
+        for x, original in zip(self.hidden, self.exact):
+            seen.add(layer.input_layernorm(x), exact.input_layernorm(original))
+        yield SHARED_INPUT[0], seen.means()
 
-        def accumulate(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2).float()
-            if name in moments:
-                moments[name].addmm_(x.T, x)
-            else:
-                moments[name] = x.T @ x
-
-        hooks = [
-            layer.get_submodule(names[0]).register_forward_pre_hook(partial(accumulate, names[0]))
-            for names in SHARED_INPUT
-        ]
-        k_peak, v_peak = torch.zeros(2, 1, device=self.hidden.device)
+        seen = _Sums()
+        attended, k_peak, v_peak = [], *torch.zeros(2, 1, device=self.hidden.device)
         alpha = kept = None
-        for number, x in enumerate(self.hidden):
-            q, k, v = layer.qkv(x, *self.tables[layer.number])
+        residual = isinstance(layer.post_self_attn_layernorm, nn.Identity)  # outputs are added as they are
+        for number, (x, original) in enumerate(zip(self.hidden, self.exact)):
+            q, k, v = layer.qkv(x, *tables)
             k_peak = torch.maximum(k_peak, torch.hypot(*k.float().chunk(2, dim=-1)).amax((0, 2)))  # [Hkv]
             v_peak = torch.maximum(v_peak, v.float().abs().amax((0, 2)))
-            layer.finish(x, layer.attend(q[None], k[None], v[None])[0].flatten(1))
             if policy is not None and number == 0 and layer.window is not None:
                 alpha, kept = torch.zeros(q.shape[1]), 1.0  # nothing is skipped within a window
             elif policy is not None and number == 0:
                 alpha, kept = calibrate_alpha(q, k, policy, mass)
-        for hook in hooks:
-            hook.remove()
-        tokens = self.hidden.shape[0] * self.hidden.shape[1]
-        return Observed(
-            {name: total / tokens for name, total in moments.items()},
-            k_peak * (_KV_MARGIN / _FP8_MAX),
-            v_peak * (_KV_MARGIN / _FP8_MAX),
-            alpha,
-            kept,
-        )
+            attended.append(_attend(layer, q, k, v))
+            wanted = _attend(exact, *exact.qkv(original, *tables))
+            seen.add(attended[-1], wanted, original - x if residual else None)
+            original += exact.post_self_attn_layernorm(exact.self_attn.o_proj(wanted))
+        reached(Reach(k_peak * (_KV_MARGIN / _FP8_MAX), v_peak * (_KV_MARGIN / _FP8_MAX), alpha, kept))
+        yield SHARED_INPUT[1], seen.means()
 
-    @torch.no_grad()
-    def advance(self, layer: Layer) -> None:
-        """Moves every sample through `layer`, one at a time."""
-        for number, x in enumerate(self.hidden):
-            q, k, v = layer.qkv(x, *self.tables[layer.number])
-            self.hidden[number] = layer.finish(x, layer.attend(q[None], k[None], v[None])[0].flatten(1))
+        seen = _Sums()
+        for x, original in zip(self.hidden, self.exact):
+            x += layer.post_self_attn_layernorm(layer.self_attn.o_proj(attended.pop(0)))
+            seen.add(layer.post_attention_layernorm(x), exact.post_attention_layernorm(original))
+        yield SHARED_INPUT[2], seen.means()
+
+        seen = _Sums()
+        residual = isinstance(layer.post_mlp_layernorm, nn.Identity)
+        for x, original in zip(self.hidden, self.exact):
+            wanted = exact.mlp.gated(exact.post_attention_layernorm(original))
+            seen.add(layer.mlp.gated(layer.post_attention_layernorm(x)), wanted, original - x if residual else None)
+            original += exact.post_mlp_layernorm(exact.mlp.down_proj(wanted))
+        yield SHARED_INPUT[3], seen.means()
+
+        if layer.number < self.last:
+            for x in self.hidden:
+                x += layer.post_mlp_layernorm(layer.mlp(layer.post_attention_layernorm(x)))
+
+
+class _Sums:
+    """`Moments` while the samples come by."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.inputs: torch.Tensor | None = None
+        self.missing: torch.Tensor | None = None
+        self.owed: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor, original: torch.Tensor, lacking: torch.Tensor | None = None) -> None:
+        """x and x' [T, K], and r' - r [T, N]."""
+        self.tokens += len(x)
+        self.inputs = _added(self.inputs, x, x)
+        self.missing = _added(self.missing, original - x, x)
+        if lacking is not None:
+            self.owed = _added(self.owed, lacking, x)
+
+    def means(self) -> Moments:
+        """Once, at the end."""
+        assert self.inputs is not None
+        assert self.missing is not None
+        owed = None if self.owed is None else self.owed.div_(self.tokens)
+        return Moments(self.inputs.div_(self.tokens), self.missing.div_(self.tokens), owed)
+
+
+def _added(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a^T @ b, float32 [Ka, Kb]; 16-bit a and b [T, K] are multiplied exactly, by tensor cores."""
+    if total is None:
+        total = torch.zeros(a.shape[1], b.shape[1], device=a.device)
+    if a.is_cuda and a.dtype != torch.float32:
+        return total.add_(torch.mm(a.T, b, out_dtype=torch.float32))
+    return total.addmm_(a.T.float(), b.float())
+
+
+def _attend(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """One sample, [T, heads, D] each -> [T, Hq * D]."""
+    return layer.attend(q[None], k[None], v[None])[0].flatten(1)

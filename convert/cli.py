@@ -170,14 +170,23 @@ def extend_command(src: str, out: Path, recipe: str | None, dry_run: bool, card:
 @click.option("--length", type=SIZE, help="Tokens per calibration window.")
 @click.option("--wide", multiple=True, help="flash: linear layers to store in fp8, by name or re:PATTERN.")
 @click.option("--ignore", multiple=True, help="Linear layers to leave in 16 bit, by name or re:PATTERN.")
+@click.option(
+    "--bits-per-weight", type=float, help="flash: mean up to which the linear layers that lose most become fp8."
+)
+@click.option(
+    "--gate", type=SIZE, multiple=True, help="Measure the loss on so many tokens; over the variant's bars it exits 1."
+)
 @click.option("--seed", type=int)
 @device_option
-def quantize_command(src: str, out: Path, **options: Any) -> None:
+def quantize_command(src: str, out: Path, gate: tuple[int, ...], **options: Any) -> None:
     """Quantize a 16-bit checkpoint into the flash or the pro variant."""
-    from lcconvert.convert.quantize_config import QuantizeConfig
+    from lcconvert.convert.quantize_config import USUAL_GATES, QuantizeConfig
     from lcconvert.convert.settings import make_config
 
     config = make_config(QuantizeConfig, options, "quantize")
+    if gate:
+        bars = USUAL_GATES[config.variant].model_dump() | {"lengths": gate}
+        config = make_config(QuantizeConfig, {**options, "gate": bars}, "quantize")
     from lcconvert.convert.quantize import quantize
 
     click.echo(f"wrote {quantize(src, out, config)}")

@@ -1,8 +1,8 @@
 """`quantize`: a 16-bit checkpoint becomes the `flash` (int4) or the `pro` (fp8) artifact.
 
-One layer is in memory at a time: read it, watch it on calibration text, round its weights, write them, and send the
-text through the rounded layer to the next one. So the peak is a few times the largest layer plus the hidden states of
-the samples and the shard being filled, whatever the size of the model.
+One layer is in memory at a time: read it, round its weights in the order calibration text passes them, write them. So
+the peak is a few times the largest layer plus the hidden states of the samples and the shard being filled, whatever the
+size of the model.
 
 Surprising rule: later layers are calibrated on the outputs of rounded earlier ones, so the order of layers matters and
 a single layer cannot be quantized again alone.
@@ -19,20 +19,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from lcconvert.convert.calibrate import SHARED_INPUT, Calibration, Observed, calibration_windows, load_layer
+from lcconvert.convert.calibrate import SHARED_INPUT, Calibration, Reach, calibration_windows, load_layer
 from lcconvert.convert.checkpoint import open_checkpoint
-from lcconvert.convert.ct_layout import fp8_tensors, int4_tensors, kv_scale_tensors, quantization_config
-from lcconvert.convert.gptq import quantize_gptq
+from lcconvert.convert.ct_layout import kv_scale_tensors, quantization_config
+from lcconvert.convert.gate import check_lengths, measure_loss, missed
 from lcconvert.convert.progress import progress
 from lcconvert.convert.provenance import made_with, named_source, origin, public_name
 from lcconvert.convert.quantize_config import QuantizeConfig
-from lcconvert.convert.round_to_nearest import FP8, dequantize, quantize_fp8, quantize_rtn, to_fp8_grid, to_int4_grid
+from lcconvert.convert.round_layer import Groups, Rounding, round_layer
+from lcconvert.convert.round_to_nearest import FP8
 from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
 from lcconvert.runtime import sidecar as sidecars
-from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.errors import CheckFailed, UserError
 from lcconvert.runtime.kv_cache import read_scales
 from lcconvert.runtime.linear import LinearFormat, QuantLayout, matches
-from lcconvert.runtime.model import Decoder, Layer, check_finite
+from lcconvert.runtime.model import Decoder, check_finite
 from lcconvert.runtime.sidecar import AttentionPolicy, KVConfig, Sidecar
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
@@ -47,10 +48,12 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
     """Writes the quantized artifact of `src` to the new folder `out` and returns it.
 
     UserError (nothing written): a source already quantized, incomplete or with non-finite weights, a group size that
-    does not divide, too little calibration text. CheckFailed: what was written does not read back.
+    does not divide, too little calibration text. CheckFailed: what was written does not read back, or misses
+    a bar of the gate.
     """
-    source = open_checkpoint(src)
+    original = source = open_checkpoint(src)
     plan = make_plan(source, config)
+    plan, parts = _within_budget(source, plan, config)
     source = decoder_source(source, plan.spec)
     with new_folder(out, need_bytes=plan.bytes) as folder:
         writer = ShardWriter(folder, config.max_shard)
@@ -58,13 +61,13 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
             writer.add(name, _read(source, name).to(plan.dtype))
         report, alphas, kept = [], [], []
         with progress("quantize", plan.spec.num_layers, "layers") as bar:
-            for tensors, rows, observed in quantized_layers(source, plan, config):
+            for tensors, rows, reach in quantized_layers(source, plan, config):
                 for name, tensor in as_stored(plan.config_json, plan.spec, tensors.items()):
                     writer.add(name, tensor)
                 report += rows
-                if observed and observed.alpha is not None:
-                    alphas.append(observed.alpha.tolist())
-                    kept.append(observed.kept)
+                if reach and reach.alpha is not None:
+                    alphas.append(reach.alpha.tolist())
+                    kept.append(reach.kept)
                 bar.note(f"output error {max((row['output_error'] for row in rows), default=0.0):.2%}")
                 bar.advance()
         writer.close()
@@ -74,8 +77,36 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
         read_scales(written, plan.spec, plan.kv.scheme)  # refuses an absent or zero KV scale on disk
         summary = summarize(plan, report)
         summary["selector_kept"] = kept  # by layer: share of skippable key blocks read on the first sample
+        summary["sensitivity"] = [{"modules": part.modules, "kl": part.kl} for part in parts]
+        if config.gate is not None:
+            summary["loss"] = measure_loss(original, folder, config.gate, plan.device)
         (folder / REPORT).write_text(json.dumps(summary, indent=2) + "\n")
+    if config.gate is not None and (bars := missed(config.gate, summary["loss"])):
+        raise CheckFailed(f"{'; '.join(bars)}; {_costliest(source, plan, parts, summary)}; the artifact is in {out}")
     return out
+
+
+def _within_budget(source: TensorSource, plan: Plan, config: QuantizeConfig) -> tuple[Plan, list[Part]]:
+    """The plan with those parts in fp8 that the size budget has room for, and what every part loses."""
+    if config.bits_per_weight is None:
+        return plan, []
+    assert plan.windows is not None  # the config asks for samples
+    parts = sensitivities(decoder_source(source, plan.spec), plan.spec, plan.layout, plan.windows, plan.device)
+    wide = [module for part in within_budget(parts, config.bits_per_weight) for module in part.modules]
+    return make_plan(source, config.model_copy(update={"wide": (*config.wide, *wide)})), parts
+
+
+def _costliest(source: TensorSource, plan: Plan, parts: list[Part], summary: dict[str, Any]) -> str:
+    """What to look at first when the loss is too high."""
+    kv, weights = (max(row[which]["mean_kl"] for row in summary["loss"]) for which in ("kv", "weights"))
+    if kv > weights:
+        return f"most is lost in the KV cache ({plan.kv.scheme})"
+    if plan.windows is None:
+        worst = max(summary["linear_layers"], key=lambda row: row["output_error"])
+        return f"the largest error is in {worst['name']}"
+    parts = parts or sensitivities(source, plan.spec, plan.layout, plan.windows, plan.device)
+    part = max(parts, key=lambda part: part.kl)
+    return f"most is lost in {', '.join(part.modules)} (KL {part.kl:.4g} when nothing else is rounded)"
 
 
 @dataclass(frozen=True)
@@ -135,6 +166,8 @@ def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
     dtype = torch.float16 if source.info("model.embed_tokens.weight")[0] == torch.float16 else torch.bfloat16
     config_json = {k: v for k, v in source.config.items() if k != "torch_dtype"}
     config_json |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": block}
+    if config.gate is not None:
+        check_lengths(config.gate, source)
     windows = None
     if config.samples:
         tokenizer = Tokenizer.from_files(source.files)
@@ -159,83 +192,25 @@ def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
 
 def quantized_layers(
     source: TensorSource, plan: Plan, config: QuantizeConfig
-) -> Iterator[tuple[dict[str, torch.Tensor], list[dict[str, Any]], Observed | None]]:
+) -> Iterator[tuple[dict[str, torch.Tensor], list[dict[str, Any]], Reach | None]]:
     """For each layer in order: its tensors to write, an error row per linear layer, what calibration saw."""
     calibration = None
     if plan.windows is not None:
         calibration = Calibration(source, plan.spec, plan.windows, plan.device)
     policy = plan.attention if plan.attention.kind == "hybrid" else None
+    rounding = Rounding(plan.layout, plan.dtype, config.damp if config.method == "gptq" else 0.0)
     for number in range(plan.spec.num_layers):
         layer = load_layer(source, plan.spec, number, plan.device)
-        observed = calibration.observe(layer, policy, config.attention_mass) if calibration else None
-        tensors, rows = quantize_layer(layer, f"model.layers.{number}", plan, observed, config)
+        found: list[Reach] = []
+        groups: Groups = ((names, None) for names in SHARED_INPUT)
+        if calibration:
+            groups = calibration.walk(layer, policy, config.attention_mass, found.append)
+        tensors, rows = round_layer(layer, f"model.layers.{number}", groups, rounding)
+        reach = found[0] if found else None
         if plan.kv.scheme in ("fp8", "k8v4"):
-            assert observed is not None
-            tensors |= kv_scale_tensors(number, observed.k_scale, observed.v_scale)
-        if calibration and number + 1 < plan.spec.num_layers:
-            calibration.advance(layer)
-        yield tensors, rows, observed
-
-
-@torch.no_grad()
-def quantize_layer(
-    layer: Layer, prefix: str, plan: Plan, observed: Observed | None, config: QuantizeConfig
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Rounds the linear layers of `layer`, which keeps the rounded weights: (its tensors by full name, error rows)."""
-    tensors: dict[str, torch.Tensor] = {}
-    rows: list[dict[str, Any]] = []
-    for names in SHARED_INPUT:
-        forms = {name: form for name in names if (form := plan.layout.format_of(f"{prefix}.{name}"))}
-        for form in dict.fromkeys(forms.values()):
-            wanted = [name for name in names if forms.get(name) == form]
-            originals = [layer.get_parameter(f"{name}.weight") for name in wanted]
-            weight = torch.cat([*originals]).float()  # [sum of N, K]
-            moments = observed.moments[names[0]] if observed else None
-            values, scale, method = _round(weight, form, moments, plan.dtype, config)
-            rounded = dequantize(values, scale)
-            start = 0
-            for name, original in zip(wanted, originals):
-                part = slice(start, start := start + len(original))
-                full = f"{prefix}.{name}"
-                if form.kind == "int4":
-                    tensors |= int4_tensors(full, values[part].to(torch.int8), scale[part])
-                else:
-                    tensors |= fp8_tensors(full, values[part].to(FP8), scale[part])
-                rows.append({"name": full, "method": method, **_errors(weight[part], rounded[part], moments)})
-                original.copy_(rounded[part])
-    packed = {f"{row['name']}.weight" for row in rows}
-    plain = {f"{prefix}.{leaf}": tensor for leaf, tensor in layer.state_dict().items()}
-    return tensors | {name: tensor.to(plan.dtype) for name, tensor in plain.items() if name not in packed}, rows
-
-
-def _round(
-    weight: torch.Tensor, form: LinearFormat, moments: torch.Tensor | None, dtype: torch.dtype, config: QuantizeConfig
-) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """weight float32 [N, K] -> grid values float32 [N, K], scale [N, G] in `dtype`, how it was done."""
-    if form.kind == "int4":
-        diagonal = None if moments is None else moments.diagonal()
-        codes, scale = quantize_rtn(weight, form.group_size, diagonal, scale_dtype=dtype)
-        values, grid = codes.float(), to_int4_grid
-    else:
-        fp8, scale = quantize_fp8(weight, scale_dtype=dtype)
-        values, grid = fp8.float(), to_fp8_grid
-    if config.method == "rtn" or moments is None:
-        return values, scale, "rtn"
-    better = quantize_gptq(weight, scale, moments, grid, config.damp)
-    if better is None:
-        return values, scale, "rtn (the calibration moments do not factorize)"
-    return better, scale, "gptq"
-
-
-def _errors(weight: torch.Tensor, rounded: torch.Tensor, moments: torch.Tensor | None) -> dict[str, float]:
-    """output_error: E|(W - W')x|^2 / E|Wx|^2 (of the weights alone without calibration). sqnr_db: of the weights."""
-    difference = weight - rounded
-    noise, signal = difference.square().sum(), weight.square().sum()
-    sqnr = 10 * torch.log10(signal / noise.clamp_min(1e-30)) if signal > 0 else torch.tensor(0.0)
-    if moments is not None:
-        noise, signal = (difference @ moments * difference).sum(), (weight @ moments * weight).sum()
-    error = noise / signal if signal > 0 else noise
-    return {"output_error": round(float(error), 7), "sqnr_db": round(float(sqnr), 2)}
+            assert reach is not None
+            tensors |= kv_scale_tensors(number, reach.k_scale, reach.v_scale)
+        yield tensors, rows, reach
 
 
 def summarize(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,9 +5,10 @@ Kept apart from the work so that `--help` and recipe checking do not import torc
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.units import parse_count
@@ -15,6 +16,31 @@ from lcconvert.runtime.units import parse_count
 Tokens = Annotated[int, BeforeValidator(lambda value: parse_count(value, "token count")), Field(ge=1)]
 Bytes = Annotated[int, BeforeValidator(lambda value: parse_count(value, "byte size")), Field(ge=1)]
 Scheme = Literal["bf16", "fp8", "int4", "k8v4"]
+
+
+class Gate(BaseModel):
+    """What quantization may cost against the 16-bit source on held-out text; None asks nothing.
+
+    lengths: tokens of text, each measured by itself. text: as `validate` reads it; None is the bundled text, of which
+    calibration reads another part. ppl_max_increase (a share), kl_max (mean nats a token) and top1_min are of the
+    artifact as it is served, kv_kl_max of its KV cache alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lengths: Annotated[tuple[Annotated[Tokens, Field(ge=512)], ...], Field(min_length=1)] = (2048,)
+    text: Path | None = None
+    ppl_max_increase: float | None = None
+    kl_max: float | None = None
+    kv_kl_max: float | None = None
+    top1_min: float | None = None
+
+
+# What the variants are held to where nothing else is said.
+USUAL_GATES = {
+    "pro": Gate(ppl_max_increase=0.01, kl_max=0.01),
+    "flash": Gate(ppl_max_increase=0.09, kv_kl_max=0.02),
+}
 
 
 class QuantizeConfig(BaseModel):
@@ -30,6 +56,9 @@ class QuantizeConfig(BaseModel):
     ignore: linear layers left in 16 bit, by name or `re:` pattern; embeddings and head always are.
     wide: linear layers of flash stored in fp8 instead of int4, likewise. Engines that fuse q, k and v, or gate and up,
     want such neighbours in one format.
+    gate: measure the loss against the source when all is written; a missed bar is an error that leaves the artifact.
+    bits_per_weight: flash: the mean over the linear layers that are quantized, scales included, up to which the parts
+    that lose most are stored in fp8 too; None adds none to `wide`. Measured on calibration text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,9 +75,19 @@ class QuantizeConfig(BaseModel):
     damp: float = Field(0.05, gt=0.0, le=1.0)
     ignore: tuple[str, ...] = ()
     wide: tuple[str, ...] = ()
+    bits_per_weight: float | None = Field(None, gt=4.0, lt=8.0)
+    gate: Gate | None = None
     seed: int = Field(0, ge=0)
     device: str | None = None
     max_shard: Bytes = 2 * 10**9
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantizeConfig:
+        if self.bits_per_weight is not None and self.variant != "flash":
+            raise UserError(f"bits_per_weight is {self.bits_per_weight:g} but variant is {self.variant}; leave it out")
+        if self.bits_per_weight is not None and not self.samples:
+            raise UserError("bits_per_weight is kept by what layers lose on text but samples is 0; give samples >= 1")
+        return self
 
     @property
     def kv_scheme(self) -> Scheme:

@@ -17,7 +17,8 @@ FP8_MAX = 448.0
 INT4_MIN, INT4_MAX = -8, 7
 # Largest |w| mapped to 8 * ratio^-1 steps: below 1 the largest weights are clipped.
 CLIP_RATIOS = tuple(1.04 - 0.04 * i for i in range(16))  # 1.04 .. 0.44
-_CHUNK_VALUES = 1 << 18  # values searched at a time: small enough to stay in the CPU's cache
+_CHUNK_VALUES = 1 << 18  # values searched at a time: few enough for the CPU's cache
+_GPU_CHUNK_VALUES = 1 << 24  # enough for the launches of kernels not to count
 
 
 def search_scale(
@@ -60,7 +61,7 @@ def quantize_rtn(
     moment = second_moment.float().view(-1, group_size)  # [G, g]
     codes = torch.empty(rows, columns, dtype=torch.int8, device=w.device)
     scale = torch.empty(rows, columns // group_size, dtype=scale_dtype, device=w.device)
-    step = max(1, _CHUNK_VALUES // columns)
+    step = max(1, (_GPU_CHUNK_VALUES if w.is_cuda else _CHUNK_VALUES) // columns)
     for start in range(0, rows, step):
         part = w[start : start + step].float().view(-1, columns // group_size, group_size)  # [n, G, g]
         found = search_scale(part, moment, ratios, scale_dtype)

@@ -103,14 +103,19 @@ class QuantLayout:
             groups.append((tuple(group["targets"]), _format_of(name, group)))
         return cls(tuple(groups), tuple(block.get("ignore") or ()), joined)
 
+    def stored_name(self, module: str) -> str:
+        """`module`, or the whole that stores it joined to others."""
+        for part, whole in self.joined:
+            if module.endswith("." + part):
+                module = module.removesuffix(part) + whole
+        return module
+
     def format_of(self, module: str) -> LinearFormat | None:
         """The format of the linear layer called `module` (`model.layers.0.mlp.up_proj`), or None when it is plain.
 
         A part that is stored joined to others has the format of the whole.
         """
-        for part, whole in self.joined:
-            if module.endswith("." + part):
-                module = module.removesuffix(part) + whole
+        module = self.stored_name(module)
         if any(matches(module, pattern) for pattern in self.ignore):
             return None
         for targets, form in self.groups:

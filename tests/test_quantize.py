@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model, write_tiny, write_tokenizer
 
 from lcconvert.convert import quantize as stage
-from lcconvert.convert.calibrate import Calibration, calibration_windows, load_layer
+from lcconvert.convert import round_layer
+from lcconvert.convert.calibrate import SHARED_INPUT, Calibration, Moments, Reach, calibration_windows, load_layer
 from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.quantize import REPORT, make_plan, quantize
 from lcconvert.convert.quantize_config import QuantizeConfig
@@ -20,8 +21,8 @@ from lcconvert.convert.selector_calibration import block_shares, calibrate_alpha
 from lcconvert.kernels.select_blocks import select_blocks
 from lcconvert.runtime.engine import Engine
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
-from lcconvert.runtime.linear import Fp8Linear, Int4Linear
-from lcconvert.runtime.model import Decoder, load_decoder
+from lcconvert.runtime.linear import Fp8Linear, Int4Linear, LinearFormat, QuantLayout
+from lcconvert.runtime.model import Decoder, Layer, load_decoder
 from lcconvert.runtime.rope import cos_sin
 from lcconvert.runtime.sidecar import AttentionPolicy, ContextClaim, Sidecar
 from lcconvert.runtime.source import FolderSource
@@ -202,32 +203,74 @@ def original_files(folder: Path) -> dict[str, bytes]:
 
 
 def test_moments_that_do_not_factorize_fall_back_to_rounding(sources, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(stage, "quantize_gptq", lambda *_: None)
+    monkeypatch.setattr(round_layer, "factorize", lambda *_: None)
     out = quantize(str(sources["llama"]), tmp_path / "out", QuantizeConfig(**SMALL))
     report = json.loads((out / REPORT).read_text())
     assert {row["method"] for row in report["linear_layers"]} == {"rtn (the calibration moments do not factorize)"}
 
 
+def _walked(calibration: Calibration, layer: Layer, change: dict[str, torch.Tensor]) -> dict[str, Moments]:
+    """One layer's moments by the first name of each group; `change` replaces weights when their turn has come."""
+    seen, reaches = {}, list[Reach]()
+    for names, moments in calibration.walk(layer, None, 0.95, reaches.append):
+        seen[names[0]] = moments
+        for name in set(names) & set(change):
+            layer.get_parameter(f"{name}.weight").copy_(change[name])
+    assert len(reaches) == 1
+    return seen
+
+
 def test_layers_are_calibrated_on_what_they_will_get(sources) -> None:
+    """Moments of every group against the rounded and the original decoder run side by side."""
     source = FolderSource(sources["qwen3"])
     spec = ModelSpec.from_config(source.config)
     windows = torch.randint(4, 260, (2, 200), generator=torch.Generator().manual_seed(5))
     calibration = Calibration(source, spec, windows, torch.device("cpu"))
-    decoder = load_decoder(source)
-    first = load_layer(source, spec, 0, torch.device("cpu"))
-    seen = calibration.observe(first, None, 0.95)
-    x = decoder.model.layers[0].input_layernorm(decoder.model.embed_tokens(windows)).flatten(0, 1)
-    torch.testing.assert_close(seen.moments["self_attn.q_proj"], x.T @ x / 400, rtol=1e-4, atol=1e-5)
-    assert {name: tuple(h.shape) for name, h in seen.moments.items()} == {
-        "self_attn.q_proj": (64, 64),
-        "self_attn.o_proj": (128, 128),
-        "mlp.gate_proj": (64, 64),
-        "mlp.down_proj": (128, 128),
-    }
-    calibration.advance(first)
-    calibration.advance(load_layer(source, spec, 1, torch.device("cpu")))
+    decoder, rounded = load_decoder(source), load_decoder(source)
+    generator = torch.Generator().manual_seed(6)
+    for number in range(spec.num_layers):
+        change = {}
+        for name in (name for names in SHARED_INPUT for name in names):
+            weight = rounded.layers[number].get_parameter(f"{name}.weight")
+            weight.data += 0.02 * torch.randn(weight.shape, generator=generator)
+            change[name] = weight.data
+        seen = _walked(calibration, load_layer(source, spec, number, torch.device("cpu")), change)
+    inputs: list[dict[str, torch.Tensor]] = [{}, {}]
+    for found, model in zip(inputs, (decoder, rounded), strict=True):
+        for names in SHARED_INPUT:
+            module = model.layers[-1].get_submodule(names[0])
+            module.register_forward_pre_hook(
+                lambda _, args, name=names[0], found=found: found.__setitem__(name, args[0].flatten(0, -2))
+            )
+        with torch.no_grad():
+            model(windows)
+    for name, moments in seen.items():
+        exact, x = inputs[0][name], inputs[1][name]
+        torch.testing.assert_close(moments.inputs, x.T @ x / 400, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(moments.missing, (exact - x).T @ x / 400, rtol=1e-3, atol=1e-4)
+        assert (moments.owed is not None) == (name in ("self_attn.o_proj", "mlp.down_proj"))
     with torch.no_grad():
-        torch.testing.assert_close(decoder.model.norm(calibration.hidden), decoder(windows), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(decoder.model.norm(calibration.exact), decoder(windows), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_asked_to_give_back_what_rounding_has_cost() -> None:
+    """W x + r must come near W x' + r' although x and r have changed: the debt against the inputs vanishes."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(500, 32, generator=generator)
+    x = exact + 0.3 * torch.randn(500, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    lacking = x @ torch.randn(32, 24, generator=generator) / 50
+    weight = torch.randn(24, 32, generator=generator)
+    moments = Moments(x.T @ x / 500, (exact - x).T @ x / 500, lacking.T @ x / 500)
+    layout = QuantLayout(((("Linear",), LinearFormat("fp8")),))
+    target, _, _, method = round_layer._round(
+        weight, LinearFormat("fp8"), moments, round_layer.Rounding(layout, torch.float32, 1e-6)
+    )
+    assert method == "gptq"
+    wanted = exact @ weight.T + lacking
+    before, after = ((x @ w.T - wanted).square().mean() for w in (weight, target))
+    best = torch.linalg.lstsq(x, wanted).solution
+    assert after < 0.5 * before
+    torch.testing.assert_close(target, best.T, rtol=1e-2, atol=1e-2)
 
 
 def test_calibration_text_is_disjoint_from_validation(sources, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcconvert.convert.ct_layout import int4_tensors, kv_scale_tensors, quantization_config
-from lcconvert.convert.gptq import quantize_gptq
+from lcconvert.convert.gptq import factorize, quantize_gptq
 from lcconvert.convert.round_to_nearest import (
     FP8,
     dequantize,
@@ -132,6 +132,25 @@ def _output_error(w: torch.Tensor, back: torch.Tensor, moments: torch.Tensor) ->
     return float((d @ moments * d).sum() / (w @ moments * w).sum())
 
 
+def _swept(w: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor, rounding, damp: float) -> torch.Tensor:
+    factor = factorize(moments, damp)
+    assert factor is not None
+    swept = quantize_gptq(w, scale, factor, rounding)
+    assert swept is not None
+    return swept
+
+
+@pytest.mark.parametrize("damp", [1e-3, 0.05])
+def test_the_factor_solves_with_the_damped_moments(damp: float) -> None:
+    moments, d = _moments(96, 4), _random(5, 7, 96)
+    factor = factorize(moments, damp)
+    assert factor is not None
+    damped = moments.double() + damp * moments.diagonal().mean() * torch.eye(96)
+    torch.testing.assert_close(factor.solve(d).double() @ damped, d.double(), rtol=1e-2, atol=1e-3)
+    assert (moments.diagonal()[factor.order].diff() <= 0).all()
+    assert torch.equal(factor.upper, factor.upper.triu())
+
+
 @pytest.mark.parametrize("grid", ["int4", "fp8"])
 @pytest.mark.parametrize("seed", range(3))
 def test_gptq_lowers_the_output_error(grid: str, seed: int) -> None:
@@ -142,8 +161,7 @@ def test_gptq_lowers_the_output_error(grid: str, seed: int) -> None:
     else:
         fp8, scale = quantize_fp8(w)
         values, rounding = fp8.float(), to_fp8_grid
-    swept = quantize_gptq(w, scale, moments, rounding, damp=0.01)
-    assert swept is not None
+    swept = _swept(w, scale, moments, rounding, damp=0.01)
     assert torch.equal(swept, rounding(swept.clone()))  # on the grid
     plain = _output_error(w, dequantize(values, scale), moments)
     assert _output_error(w, dequantize(swept, scale), moments) < 0.7 * plain
@@ -152,8 +170,7 @@ def test_gptq_lowers_the_output_error(grid: str, seed: int) -> None:
 def test_gptq_with_uncorrelated_inputs_is_plain_rounding() -> None:
     w = _random(0, 8, 64)
     codes, scale = quantize_rtn(w, 32)
-    swept = quantize_gptq(w, scale, torch.eye(64), to_int4_grid, damp=0.01)
-    assert swept is not None
+    swept = _swept(w, scale, torch.eye(64), to_int4_grid, damp=0.01)
     assert torch.equal(swept, codes.float())
 
 
@@ -163,12 +180,10 @@ def test_gptq_survives_dead_inputs_and_gives_up_on_bad_moments() -> None:
     moments = _moments(64, 1)
     moments[5] = 0
     moments[:, 5] = 0  # an input that never fires: singular without damping
-    swept = quantize_gptq(w, scale, moments, to_int4_grid, damp=1e-12)
-    assert swept is not None
+    swept = _swept(w, scale, moments, to_int4_grid, damp=1e-12)
     assert torch.isfinite(swept).all()
-    assert quantize_gptq(w, scale, torch.full((64, 64), float("nan")), to_int4_grid, damp=0.01) is None
-    assert quantize_gptq(w, scale, torch.zeros(64, 64), to_int4_grid, damp=0.01) is None
-    assert quantize_gptq(w, scale, -moments, to_int4_grid, damp=0.01) is None
+    for bad in (torch.full((64, 64), float("nan")), torch.zeros(64, 64), -moments):
+        assert factorize(bad, damp=0.01) is None
 
 
 def test_packed_bytes_are_compressed_tensors_own() -> None:
