@@ -355,6 +355,7 @@ def generate_command(src: str, **options: Any) -> None:
 @click.option("--task-samples", type=int, help="Samples per task and length; default: 5.")
 @click.option("--source-tree", help="Folder of Python files that code tasks ask about.")
 @click.option("--qa-file", help='JSON Lines of {"question", "answers", "text"} that the task qa asks.')
+@click.option("--beside", multiple=True, help="Report folder of another run to draw scores and costs of; repeatable.")
 @click.option("--prompt-cache", help="Folder that keeps built task prompts for other runs.")
 @click.option("--endpoint", help="URL of an OpenAI-compatible server that answers the tasks instead of SRC.")
 @click.option("--endpoint-api", help="completions (token ids, default) or chat.")
@@ -370,12 +371,13 @@ def validate_command(src: str, out: Path | None, **options: Any) -> None:
     listed = ("lengths", "depths", "wordings", "tasks")
     lists = {name: tuple(options[name].split(",")) for name in listed if options[name]}
     config = make_config(ValidateConfig, options | lists, "validate")
-    from lcconvert.convert.compare import comparison_table, render_needles, render_table, render_tasks
+    from lcconvert.convert.compare import comparison_table, render_claim, render_needles, render_table, render_tasks
     from lcconvert.convert.validate import validate
 
     report = validate(src, out, config)
     if config.endpoint is None:
         click.echo(render_table(comparison_table({src: report})))
+        click.echo(render_claim(report))
     if len(report["needles"]) > 1:
         click.echo(render_needles(report))
     if report["tasks"] is not None:

@@ -81,6 +81,16 @@ def render_costs(rows: list[dict[str, Any]]) -> str:
     return _aligned(lines)
 
 
+def render_claim(report: dict[str, Any]) -> str:
+    """A line that sets what needles show against what perplexity alone would say."""
+    claim = Report.model_validate(report).claim
+
+    def said(length: int | None) -> str:
+        return format_count(length) if length else "no length"
+
+    return f"validated by needles: {said(claim.validated)}; by perplexity alone: {said(claim.by_perplexity)}"
+
+
 def render_needles(report: dict[str, Any]) -> str:
     """Aligned plain text, a line per wording: found of asked with the 95% interval at every length."""
     sections = Report.model_validate(report).needles
@@ -98,7 +108,7 @@ def render_tasks(report: dict[str, Any]) -> str:
     tasks = Report.model_validate(report).tasks
     assert tasks is not None
     lengths = sorted({cell.length for cell in tasks.cells})
-    lines = [["task", *(f"at {format_count(n)}" for n in lengths), "keeps 85% to"]]
+    lines = [["task", *(f"at {format_count(n)}" for n in lengths), f"keeps {tasks.keep:.0%} to"]]
     for name, kept in tasks.effective.items():
         cells = {cell.length: cell for cell in tasks.cells if cell.task == name}
         lines.append([name, *(_score(cells[n]) for n in lengths), format_count(kept) if kept else "-"])

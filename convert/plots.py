@@ -35,7 +35,12 @@ def needles_png(report: Report) -> bytes:
     figure = Figure(figsize=size, dpi=120)
     for axes, needles in zip(figure.subplots(len(report.needles), squeeze=False)[:, 0], report.needles):
         _heatmap(axes, needles, report, lengths, depths)
-    return _png(figure)
+    few = min((cell.n for needles in report.needles for cell in needles.cells if cell.n), default=0) < _FEW
+    note_below(
+        figure,
+        f"found / asked in each cell{'; fewer than 5 answers a cell are an indication, not a rate' if few else ''}",
+    )
+    return png(figure)
 
 
 def _heatmap(axes: Axes, needles: Needles, report: Report, lengths: list[int], depths: list[float]) -> None:
@@ -64,10 +69,8 @@ def _heatmap(axes: Axes, needles: Needles, report: Report, lengths: list[int], d
     # a column of exactly the native window lies inside it, so the line goes to its far side
     at = x[lengths.index(native) + 1] if native in lengths else math.log2(native)
     _native_line(axes, report, at, (x[0], x[-1]))
-    few = min((cell.n for cell in needles.cells if cell.n), default=0) < _FEW
-    note = f"found / asked in each cell{'; fewer than 5 answers a cell are an indication, not a rate' if few else ''}"
     title = f"Needles found: {report.artifact.variant} ({needles.protocol} haystack{_WORDING[needles.wording]})"
-    _title(axes, title, note)
+    _title(axes, title)
 
 
 def perplexity_png(report: Report) -> bytes:
@@ -98,9 +101,11 @@ def perplexity_png(report: Report) -> bytes:
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     _native_line(axes, report, math.log2(report.artifact.native_context), edges)
-    note = f"the same last {report.perplexity.targets} tokens of {report.perplexity.text.name} in every window"
-    _title(axes, f"Perplexity with growing context: {report.artifact.variant}", note)
-    return _png(figure)
+    note_below(
+        figure, f"the same last {report.perplexity.targets} tokens of {report.perplexity.text.name} in every window"
+    )
+    _title(axes, f"Perplexity with growing context: {report.artifact.variant}")
+    return png(figure)
 
 
 def _edges(centres: list[float], alone: float) -> list[float]:
@@ -130,7 +135,7 @@ def _ink(cell: NeedleCell) -> str:
 def _native_line(axes: Axes, report: Report, at: float, edges: tuple[float, float]) -> None:
     label = f"native window {format_count(report.artifact.native_context)}"
     if edges[0] < at < edges[1]:
-        axes.axvline(at, color=_INK, linestyle="--", linewidth=1.4)
+        native_line(axes, at, edges)
         inside = "right" if at > sum(edges) / 2 else "left"
         axes.text(at, 1.01, label, transform=axes.get_xaxis_transform(), ha=inside, va="bottom", fontsize=8)
     else:
@@ -138,16 +143,27 @@ def _native_line(axes: Axes, report: Report, at: float, edges: tuple[float, floa
         axes.text(side, 1.0, arrow, transform=axes.transAxes, ha=align, va="bottom", fontsize=8, color=_INK)
 
 
-def _title(axes: Axes, title: str, note: str) -> None:
+def note_below(figure: Figure, note: str) -> None:
+    """Small print in the lower left corner."""
+    figure.text(0.01, 0.05 / figure.get_figheight(), note, fontsize=7.5, color="#555555")
+
+
+def _title(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=11, loc="left", pad=18)
-    assert axes.figure is not None
-    axes.figure.text(0.01, 0.01, note, fontsize=7.5, color="#555555")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
-def _png(figure: Figure) -> bytes:
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+def native_line(axes: Axes, at: float, edges: tuple[float, float]) -> None:
+    """A dashed line at the native window, if it is inside the axes."""
+    if edges[0] < at < edges[1]:
+        axes.axvline(at, color=_INK, linestyle="--", linewidth=1.4)
+
+
+def png(figure: Figure) -> bytes:
+    """The finished picture, with room for a note below and a title above."""
+    inch = 1 / figure.get_figheight()
+    figure.tight_layout(rect=(0, 0.2 * inch, 1, 1 - 0.3 * inch if figure.legends else 1))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""report.json, and what is made from it: two pictures and one HTML page that needs no network and no script.
+"""report.json, and what is made from it: pictures and one HTML page that needs no network and no script.
 
 The page shows nothing that is not in report.json, so `render` can redo it at any time from that file.
 """
@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lcconvert.convert.claim import replace_file
+from lcconvert.convert.curves import costs_png, has_costs, has_scores, scores_png
 from lcconvert.convert.plots import needles_png, perplexity_png
 from lcconvert.convert.results import REPORT, Report
 from lcconvert.runtime.units import format_bytes, format_count
@@ -19,7 +20,9 @@ from lcconvert.runtime.units import format_bytes, format_count
 HTML = "report.html"
 NEEDLES_PNG = "needles.png"
 PERPLEXITY_PNG = "perplexity.png"
-PAGE_FILES = (REPORT, HTML, NEEDLES_PNG, PERPLEXITY_PNG)
+SCORES_PNG = "scores.png"
+COSTS_PNG = "costs.png"
+PAGE_FILES = (REPORT, HTML, NEEDLES_PNG, PERPLEXITY_PNG, SCORES_PNG, COSTS_PNG)
 
 
 def write_report(report: Report, out: Path) -> None:
@@ -36,6 +39,10 @@ def render(report: Report) -> dict[str, bytes]:
         files[NEEDLES_PNG] = needles_png(report)
     if report.perplexity is not None:
         files[PERPLEXITY_PNG] = perplexity_png(report)
+    if has_scores(report):
+        files[SCORES_PNG] = scores_png(report)
+    if has_costs(report):
+        files[COSTS_PNG] = costs_png(report)
     pictures = {name: base64.b64encode(content).decode() for name, content in files.items()}
     files[HTML] = _environment().get_template("report.html").render(report=report, pictures=pictures).encode()
     return files

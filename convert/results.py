@@ -156,7 +156,7 @@ class TaskControl(_Row):
 
 
 class Tasks(_Row):
-    """`effective`: the longest length that keeps 85% of the task's own score at the shortest one (convert/claim.py)."""
+    """`effective`: the longest length that keeps the share `keep` of the task's own score at the shortest one."""
 
     wording: str
     prompt: Literal["chat", "completion"]
@@ -165,6 +165,7 @@ class Tasks(_Row):
     max_new_tokens: dict[str, int]
     source_tree: str | None
     qa_file: str | None
+    keep: float
     cells: list[TaskCell]
     effective: dict[str, int | None]
     control: TaskControl
@@ -238,12 +239,43 @@ class Cost(_Row):
 
 
 class Claim(_Row):
-    """`validated` is None when no length earns the claim; `rule` says in words what was asked."""
+    """`validated` is None when no length earns the claim; `rule` says in words what was asked.
+
+    `by_perplexity` is what perplexity alone would say, by `perplexity_rule`: no claim, but shown beside it.
+    """
 
     validated: int | None
     short_length: int | None
     short_score: float | None
     rule: str
+    by_perplexity: int | None = None
+    perplexity_rule: str = ""
+
+
+class CurvePoint(_Row):
+    """Share right by the strict rule with its 95% interval."""
+
+    length: int
+    share: float
+    low: float
+    high: float
+    n: int
+
+
+class Curve(_Row):
+    name: str
+    points: list[CurvePoint]
+
+
+class Beside(_Row):
+    """Another report, as far as it is drawn beside this one (convert/curves.py)."""
+
+    label: str
+    name: str
+    sha256: str
+    attention: str
+    curves: list[Curve]
+    cost: list[Cost]
 
 
 class Check(_Row):
@@ -269,6 +301,7 @@ class Report(_Row):
     kv_bytes_per_token: float  # by formula, for whole pages; `cost` has what was allocated
     claim: Claim
     checks: list[Check] = Field(default_factory=list)
+    beside: list[Beside] = Field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> Report:

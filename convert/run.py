@@ -44,7 +44,8 @@ def run_recipe(name: str, out: Path) -> dict[str, Any]:
     training = recipe.extend.model_copy(update={"held_out": (*recipe.extend.held_out, *examined)})
     log.stage("extend", [training], [source], extended, lambda: extend(source, extended, training))
     log.stage("quantize", [recipe.quantize], [extended], final, lambda: quantize(str(extended), final, recipe.quantize))
-    reports = {}
+    reports: dict[str, Any] = {}
+    earlier: tuple[Path, ...] = ()
     for label, subject, against in (
         ("source", source, None),
         ("extended", extended, source),
@@ -52,10 +53,14 @@ def run_recipe(name: str, out: Path) -> dict[str, Any]:
     ):
         folder = out / "validation" if label == "source" else Path(subject) / "validation"
         limit = ModelSpec.from_config(open_checkpoint(str(subject)).config).max_position
-        config = within(recipe.validation, limit).model_copy(update={"against": against and str(against)})
+        config = within(recipe.validation, limit).model_copy(
+            update={"against": against and str(against), "beside": earlier}
+        )
         inputs = [subject] if against is None else [subject, against]
+        inputs += [path / "report.json" for path in earlier]
         log.stage(f"validate {label}", [config], inputs, folder, partial(validate, str(subject), folder, config))
         reports[label] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        earlier = (*earlier, folder)
     answer = None
     if recipe.serve is not None:
         served = out / "served.json"

@@ -28,6 +28,7 @@ from lcconvert.convert.samples import SampleLog, sample_key
 from lcconvert.convert.scoring import Kind, candidates, score, wilson
 from lcconvert.convert.task_list import TASKS
 from lcconvert.convert.tasks import WORDING, Case, Counter, TaskPrompt, build
+from lcconvert.convert.validate_config import Thresholds
 from lcconvert.runtime.engine import Engine
 
 Row = dict[str, Any]
@@ -76,6 +77,7 @@ class TaskPlan:
     source: SourceTree | None = field(default=None, repr=False)
     questions: QaFile | None = field(default=None, repr=False)
     cache: Path | None = None
+    bars: Thresholds = field(default_factory=Thresholds)
 
     def cases(self) -> Iterator[Case]:
         """Shortest length first, all tasks of a length before the next one."""
@@ -208,7 +210,7 @@ def tally_tasks(plan: TaskPlan, counter: Counter, base: Row, log: SampleLog, out
             _cell(name, n, rows[name, n], short, "out of memory" if n in out_of_memory else "not run")
             for n in plan.lengths
         ]
-        effective[name] = longest_kept([(cell.length, cell.strict, cell.n) for cell in found])
+        effective[name] = longest_kept([(cell.length, cell.strict, cell.n) for cell in found], plan.bars)
         cells += found
     outcomes = [row["outcome"] for row in controls]
     return Tasks(
@@ -219,6 +221,7 @@ def tally_tasks(plan: TaskPlan, counter: Counter, base: Row, log: SampleLog, out
         max_new_tokens={name: TASKS[name].max_new_tokens for name in plan.names},
         source_tree=plan.source.name if plan.source else None,
         qa_file=plan.questions.name if plan.questions else None,
+        keep=plan.bars.keep,
         cells=cells,
         effective=effective,
         control=TaskControl(n=len(outcomes), **{name: outcomes.count(name) for name in TaskControl.outcomes()}),

@@ -24,6 +24,7 @@ from lcconvert.convert.agreement import Reference, compare, read_reference
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.claim import checks, context_claim, write_claim
 from lcconvert.convert.code_questions import SourceTree
+from lcconvert.convert.curves import own_curves
 from lcconvert.convert.endpoint import Endpoint
 from lcconvert.convert.hashing import WEIGHT_PATTERNS, artifact_hash, file_hash
 from lcconvert.convert.haystack import Haystack, SentenceBank
@@ -84,6 +85,7 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
         return _validate_endpoint(subject, haystack, config, base, out, started)
     counter, questions = Counter(subject.tokenizer), _questions(config, haystack)
     questions.check(counter, 0)
+    beside = [own_curves(Report.read(path)) for path in config.beside]
     steps = len(windows(config.perplexity_context)) if config.perplexity_context else 0
     steps += sum(len(context.puzzle.questions) for context in planned) + (3 if reference else 0)
     steps += len(list(questions.cases()))
@@ -112,7 +114,7 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
             oom = run_tasks(InProcess(engine), counter, questions, base, log, bar.advance, deadline)
             tasks = tally_tasks(questions, counter, base, log, oom)
 
-    claim = context_claim(needles)
+    claim = context_claim(needles, perplexity, config.thresholds)
     report = Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - started, 3),
@@ -127,7 +129,8 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
         cost=cost,
         kv_bytes_per_token=kv_bytes_per_token(subject.spec, engine.kv.scheme),
         claim=claim,
-        checks=checks(config.thresholds, needles, agreement),
+        checks=checks(config.thresholds, claim, needles, agreement),
+        beside=beside,
     )
     if folder is not None and config.attention is None:
         write_claim(folder, claim, list(config.lengths) if config.asks_needles else [])
@@ -140,7 +143,7 @@ def _questions(config: ValidateConfig, haystack: Haystack) -> TaskPlan:
     asked = QaFile.load(config.qa_file) if config.qa_file is not None else None
     return TaskPlan(
         config.tasks, config.lengths, config.task_samples, config.seed, haystack.sentences, source, asked,
-        config.prompt_cache,
+        config.prompt_cache, config.thresholds,
     )  # fmt: skip
 
 
@@ -152,6 +155,10 @@ def _validate_endpoint(
     counter, questions = Counter(subject.tokenizer), _questions(config, haystack)
     target = Endpoint(config.endpoint, config.endpoint_model, config.endpoint_api)
     questions.check(counter, target.margin)
+    claim, beside = (
+        context_claim([], None, config.thresholds),
+        [own_curves(Report.read(path)) for path in config.beside],
+    )
     # how the server computes is not known here
     shared = {name: base[name] for name in ("artifact", "haystack", "lcconvert")}
     base = {**shared, "endpoint": target.model, "api": target.api}
@@ -174,8 +181,9 @@ def _validate_endpoint(
         agreement=None,
         cost=[],
         kv_bytes_per_token=kv_bytes_per_token(subject.spec, subject.sidecar.kv.scheme),
-        claim=context_claim([]),
-        checks=checks(config.thresholds, [], None),
+        claim=claim,
+        checks=checks(config.thresholds, claim, [], None),
+        beside=beside,
     )  # fmt: skip
     return _finish(report, out)
 
@@ -396,6 +404,7 @@ def _published(config: ValidateConfig) -> dict[str, Any]:
     named = ("against", "haystack", "perplexity_text", "source_tree", "qa_file", "prompt_cache")
     if settings["endpoint"] is not None:
         settings["endpoint"] = "a server"  # its address is nobody's business; its model is in `setup`
+    settings["beside"] = [public_name(path) for path in settings["beside"]]
     return settings | {key: public_name(settings[key]) for key in named if settings[key] is not None}
 
 

@@ -34,12 +34,18 @@ def _even_depths(value: Any) -> Any:
 class Thresholds(BaseModel):
     """Bars that decide the exit code, checked after the report is written; None asks nothing.
 
+    keep, short_min: what a validated length must keep of the score at the shortest one, and what that must be at least;
+    they decide the context written into the artifact, and how far a task counts as kept.
+    context_min: the length that must be validated.
     needles_min: share of all needles found by the strict rule, at every length.
     ppl_max_increase, kl_max (mean, nats) and top1_min compare with the reference, so they need `against`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    keep: Share = 0.85
+    short_min: Share = 0.5
+    context_min: Tokens | None = None
     needles_min: Share | None = None
     ppl_max_increase: float | None = None
     kl_max: float | None = None
@@ -60,6 +66,7 @@ class ValidateConfig(BaseModel):
     attention: "dense", "hybrid" or "hybrid-decode" instead of the artifact's own policy.
     against: a reference checkpoint to compare with on `agreement_tokens` tokens, `decode_tokens` of them decoded;
     `against_attention` is its policy, so that an artifact can be compared with itself read densely.
+    beside: report folders of other runs, such as those of the source, whose scores and costs are drawn beside these.
     max_seconds: start no further needle or task context that would end later than this.
     tasks: what else is asked at every length, `task_samples` times: RULER's eleven synthetic tasks; qa, about the
     documents of `qa_file`; kv (key-value lookup by position); graphwalks; copy (of repeated words); mrcr (which of
@@ -97,6 +104,7 @@ class ValidateConfig(BaseModel):
     endpoint: str | None = None
     endpoint_api: Literal["completions", "chat"] = "completions"
     endpoint_model: str | None = None
+    beside: tuple[Path, ...] = ()
     seed: int = 0
     device: str | None = None
     max_seconds: float | None = Field(None, gt=0)
@@ -124,8 +132,9 @@ class ValidateConfig(BaseModel):
         bars = self.thresholds
         if self.against is None and (bars.ppl_max_increase, bars.kl_max, bars.top1_min) != (None, None, None):
             raise UserError("thresholds on perplexity increase, KL or top-1 need a reference; set `against`")
-        if not self.lengths and bars.needles_min is not None:
-            raise UserError("threshold needles_min is set but lengths is empty; give lengths")
+        for name in ("needles_min", "context_min"):
+            if not self.asks_needles and getattr(bars, name) is not None:
+                raise UserError(f"threshold {name} is set but no needles are asked; give lengths and samples")
         return self
 
     @property

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from reports import tiny_report
 
-from lcconvert.convert.compare import comparison_table, render_costs, render_table
+from lcconvert.convert.compare import comparison_table, render_claim, render_costs, render_table
+from lcconvert.convert.curves import line_label, own_curves
 from lcconvert.convert.report import render, write_report
 from lcconvert.convert.results import NeedleCell, PlainPerplexity, Report
 from lcconvert.runtime.errors import UserError
@@ -100,6 +101,45 @@ def test_sections_that_were_not_measured_are_absent() -> None:
 @pytest.mark.parametrize("native", [512, 1024, 2048, 4096, 65536])
 def test_pictures_draw_with_the_native_window_anywhere(native: int) -> None:
     assert render(full_report(native_context=native))["needles.png"].startswith(b"\x89PNG")
+
+
+def test_other_reports_are_drawn_beside_this_one(tmp_path: Path) -> None:
+    source = tiny_report("b" * 64)
+    source = source.model_copy(update={"artifact": source.artifact.model_copy(update={"variant": "source"})})
+    assert "scores.png" in render(source)
+    assert "costs.png" not in render(source)  # one length only
+    alone, other = full_report(), own_curves(source)
+    assert "scores.png" not in render(alone)
+    assert [(point.length, point.share) for point in other.curves[0].points] == [(1024, 1.0), (4096, 0.8)]
+    longer = source.cost[0].model_copy(update={"length": 8192, "prefill_seconds": 20.0})
+    other = other.model_copy(update={"cost": [*other.cost, longer]})
+    files = render(alone.model_copy(update={"beside": [other]}))
+    assert files["scores.png"].startswith(b"\x89PNG")
+    assert files["costs.png"].startswith(b"\x89PNG")
+    text = " ".join(Page(files["report.html"].decode()).text.split())
+    assert "Drawn beside this report: source (demo, bbbbbbbbbbbb)" in text
+
+
+@pytest.mark.parametrize(
+    ("attentions", "labels"),
+    [(("dense", "hybrid"), ["flash, dense", "flash, hybrid"]), (("dense", "dense"), ["flash (a)", "flash (b)"])],
+)
+def test_lines_can_be_told_apart(attentions: tuple[str, str], labels: list[str]) -> None:
+    one, two = (
+        own_curves(tiny_report("c" * 64)).model_copy(update={"name": name, "attention": attention})
+        for name, attention in zip(("runs/a", "runs/b/"), attentions)
+    )
+    assert [line_label(shown, [one, two]) for shown in (one, two)] == labels
+    assert line_label(one, [one]) == "flash"
+
+
+def test_both_verdicts_are_shown() -> None:
+    report = full_report()
+    claim = report.claim.model_copy(update={"validated": 1024, "by_perplexity": 2048})
+    report = report.model_copy(update={"claim": claim})
+    text = " ".join(Page(render(report)["report.html"].decode()).text.split())
+    assert "By needles 1K By perplexity alone 2K" in text
+    assert render_claim(report.model_dump()) == "validated by needles: 1K; by perplexity alone: 2K"
 
 
 def test_report_json_makes_everything_again(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from tiny import write_tiny
 
-from lcconvert.convert.claim import checks, context_claim, write_claim
+from lcconvert.convert.claim import checks, context_claim, perplexity_claim, write_claim
 from lcconvert.convert.hashing import artifact_hash
 from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.needles import ask
-from lcconvert.convert.results import NeedleLength, Report
+from lcconvert.convert.report import PAGE_FILES
+from lcconvert.convert.results import ContextPoint, NeedleLength, Perplexity, Report, Text
 from lcconvert.convert.samples import LOG, SampleLog, sample_key
 from lcconvert.convert.scoring import wilson
 from lcconvert.convert.validate import validate
@@ -68,7 +69,7 @@ def same_numbers(report: dict[str, Any]) -> dict[str, Any]:
 
 def test_everything_is_written_and_accounted_for(artifact: Path, undisturbed: tuple[Path, dict[str, Any]]) -> None:
     out, result = undisturbed
-    assert {p.name for p in out.iterdir()} == {LOG, "report.json", "report.html", "needles.png", "perplexity.png"}
+    assert {p.name for p in out.iterdir()} == {LOG, *PAGE_FILES}
     report = Report.read(out)
     assert report.model_dump(mode="json") == result
     assert report.artifact.sha256 == artifact_hash(artifact)
@@ -333,12 +334,42 @@ def test_context_claim(
 ) -> None:
     (needles,) = Report.model_validate(undisturbed[1]).needles
     rows = [row(1024 << i, strict, n) for i, (strict, n) in enumerate(found)]
-    assert context_claim([needles.model_copy(update={"by_length": rows})]).validated == validated
+    assert context_claim([needles.model_copy(update={"by_length": rows})], None, Thresholds()).validated == validated
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"),
+    [([30.0, 28.0, 29.0], 2048), ([30.0, 28.0, 29.5], 1024), ([30.0, None, 20.0], 512), ([None, 20.0, 20.0], None)],
+)
+def test_what_perplexity_alone_would_say(found: list[float | None], kept: int | None) -> None:
+    """A rise of 5% over the best shorter window ends it; so does a window without a figure."""
+    points = [
+        ContextPoint(context=512 << i, state="measured" if ppl else "out of memory", nll=ppl, ppl=ppl, change=None)
+        for i, ppl in enumerate(found)
+    ]
+    text = Text(name="text", sha256="0", characters=1)
+    perplexity = Perplexity(text=text, targets=64, plain=None, by_context=points, by_position=[])
+    assert perplexity_claim(perplexity) == kept
+    assert context_claim([], perplexity, Thresholds()).by_perplexity == kept
+
+
+def test_thresholds_decide_the_claim_and_the_exit_code(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    (needles,) = Report.model_validate(undisturbed[1]).needles
+    needles = needles.model_copy(update={"by_length": [row(1024, 5), row(2048, 3), row(4096, 2)]})
+
+    def judged(**bars: Any) -> tuple[int | None, list[bool]]:
+        claim = context_claim([needles], None, Thresholds(**bars))
+        return claim.validated, [check.passed for check in checks(Thresholds(**bars), claim, [needles], None)]
+
+    assert judged() == (1024, [])
+    assert judged(keep=0.6, context_min="2k") == (2048, [True])
+    assert judged(keep=0.6, context_min="4k") == (2048, [False])
+    assert judged(keep=0.3, short_min=1.0, context_min=4096) == (4096, [True])
 
 
 def test_the_claim_reaches_the_artifact_and_is_not_taken_back_untested(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path)
-    claim = context_claim([]).model_copy(update={"validated": 2048})
+    claim = context_claim([], None, Thresholds()).model_copy(update={"validated": 2048})
     write_claim(folder, claim, [1024, 2048])
     assert not (folder / "lcconvert.json").exists()  # an ordinary checkpoint stays as it is
     (folder / "lcconvert.json").write_bytes(Sidecar(context=ContextClaim(configured=2048)).to_bytes())
@@ -356,8 +387,10 @@ def test_the_claim_reaches_the_artifact_and_is_not_taken_back_untested(tmp_path:
 def test_what_was_not_measured_does_not_pass(undisturbed: tuple[Path, dict[str, Any]]) -> None:
     (needles,) = Report.model_validate(undisturbed[1]).needles
     needles = needles.model_copy(update={"by_length": [row(1024, 5), row(2048, 0, 0)]})
-    bars = Thresholds(needles_min=0.1, kl_max=1.0, top1_min=0.0, ppl_max_increase=1.0)
-    assert [check.passed for check in checks(bars, [needles], None)] == [False] * 4
+    bars = Thresholds(needles_min=0.1, context_min=2048, kl_max=1.0, top1_min=0.0, ppl_max_increase=1.0)
+    assert [check.passed for check in checks(bars, context_claim([needles], None, bars), [needles], None)] == [
+        False
+    ] * 5
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "fp8", "int4", "k8v4"])
@@ -375,7 +408,8 @@ def test_kv_formula_equals_what_is_stored(artifact: Path, scheme: Any) -> None:
         ({"lengths": ("1.5x",)}, "token count is '1.5x'"),
         ({"lengths": (), "perplexity_context": None}, "nothing is to be measured"),
         ({"thresholds": {"kl_max": 0.1}}, "set `against`"),
-        ({"lengths": (), "thresholds": {"needles_min": 0.5}}, "lengths is empty"),
+        ({"lengths": (), "thresholds": {"needles_min": 0.5}}, "needles_min is set but no needles"),
+        ({"samples": 0, "thresholds": {"context_min": "1k"}}, "context_min is set but no needles"),
     ],
 )
 def test_settings_that_cannot_be_meant(changes: dict[str, Any], message: str) -> None:
