@@ -94,7 +94,7 @@ class ExtendConfig(Stage):
     steps: int = Field(0, ge=0)
     stages: tuple[Stage, ...] = ()
     seed: int = Field(0, ge=0)
-    save_every: int = Field(50, ge=0, description="steps between checkpoints; 0 saves only when stopped")
+    save_every: int = Field(50, ge=0, description="steps, or two minutes, between checkpoints; 0: none but when stopped")
     max_time: Seconds | None = None
     lora_rank: int = Field(0, ge=0)
     lora_alpha: float = Field(16.0, gt=0)

@@ -13,13 +13,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -36,6 +32,7 @@ from lcconvert.convert.prefix_tuning import Prefix, hidden_after, read_prefix
 from lcconvert.convert.progress import progress
 from lcconvert.convert.rows import StageRows
 from lcconvert.convert.shards import Shards
+from lcconvert.convert.stopping import SavingTimes, stop_at_border
 from lcconvert.convert.training_log import TrainingLog
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
 from lcconvert.runtime.model import Decoder
@@ -150,7 +147,8 @@ def train(
     total = sum(stage.steps for stage in config.plan)
     step = first_step = first_row = first_token = 0
 
-    with _stop_at_border() as stop, progress("training", total, "steps", shown=processes.writes) as bar:
+    saves = SavingTimes(config.save_every)
+    with stop_at_border() as stop, progress("training", total, "steps", shown=processes.writes) as bar:
         bar.advance(done)
         for number, stage in enumerate(config.plan):
             rows = StageRows(stage, corpus, tokenizer, config.context, config.seed, first_row, first_token)
@@ -165,8 +163,9 @@ def train(
                 bar.note(f"loss {result.loss:.3f}")
                 bar.advance()
                 stopping = processes.any(stop.is_set())
-                if stopping or (config.save_every and step % config.save_every == 0 and step < total):
-                    _save(accelerator, folder, step, identity)
+                if stopping or (processes.any(saves.due(step)) and step < total):
+                    with saves.saving():
+                        _save(accelerator, folder, step, identity)
                 if stopping:
                     raise Interrupted(f"stopped after step {step} of {total}, saved in {folder}; {HOW_TO_RESUME}")
             first_step += stage.steps
@@ -370,24 +369,3 @@ def _not_finite(step: int, folder: Path, places: list[str]) -> str:
         f"the loss or its gradient at step {step}, on text of {files}, is not finite; {left}; "
         "look at that text, or start again with a lower learning rate"
     )
-
-
-@contextmanager
-def _stop_at_border() -> Iterator[threading.Event]:
-    """Sets the event on the first Ctrl-C or SIGTERM, so that the step at hand is finished; a second one interrupts."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(signum: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
