@@ -129,7 +129,9 @@ def inspect_command(src: str, context: int | None, gpu: int, verifying: bool, as
 @click.option("--gradient-checkpointing/--keep-activations", default=None, help="Save memory, or time.")
 @click.option("--seed", type=int)
 @click.option("--save-every", type=int, help="Steps between checkpoints; 0 saves only when stopped.")
-@click.option("--mlp-tile", type=SIZE, help="Tokens whose wide MLP activations exist at once: less memory, some time.")
+@click.option("--streamed/--whole", default=None, help="Train layer by layer in tiles; default: what does not fit.")
+@click.option("--host-optimizer/--gpu-optimizer", default=None, help="float32 weights and moments in host memory.")
+@click.option("--tile", type=SIZE, help="--streamed: tokens whose wide activations exist at once; default: 8k.")
 @click.option("--lora-rank", type=int, help="Train adapters of this rank on q, k, v and o; 0 trains every weight.")
 @click.option("--lora-alpha", type=float, help="Adapters are scaled by this over the rank.")
 @click.option("--lora-train", multiple=True, help="norms, embeddings: trained beside the adapters; repeatable.")
@@ -400,17 +402,35 @@ def validate_command(src: str, out: Path | None, **options: Any) -> None:
 @click.option("--compare-context", type=SIZE, help="Prompt length of --compare; default: 128k.")
 @click.option("--kv", help="SRC: KV cache scheme instead of the artifact's.")
 @click.option("--attention", help="SRC: dense, hybrid or hybrid-decode instead of its policy.")
+@click.option("--train", is_flag=True, help="--shape: measure training steps; --context is the sequence length.")
+@click.option("--steps", type=int, help="--train: steps to measure; default: 3.")
+@click.option("--lora-rank", type=int, help="--train: adapters of this rank; default: every weight.")
+@click.option("--lora-train", multiple=True, help="--train: norms, embeddings beside the adapters; repeatable.")
+@click.option("--streamed/--whole", default=None, help="--train: layer by layer in tiles; default: what does not fit.")
+@click.option("--host-optimizer/--gpu-optimizer", default=None, help="--train: where float32 weights and moments live.")
+@click.option("--tile", type=SIZE, help="--train, --streamed: tokens whose wide activations exist at once.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON file to write.")
 @device_option
-def bench_command(as_json: bool, out: Path | None, **options: Any) -> None:
+def bench_command(as_json: bool, out: Path | None, train: bool, **options: Any) -> None:
     """Measure prefill time by part, decode rate and memory of this machine on random tokens.
 
-    Measures the artifact SRC, or a --shape with --random-weights, for which no checkpoint is needed.
+    Measures the artifact SRC, or a --shape with --random-weights, for which no checkpoint is needed; with --train,
+    steps of training such a shape.
     """
+    from lcconvert.convert.settings import make_config
+
+    if train:
+        from lcconvert.convert import bench_train
+
+        asked, typed = click.get_current_context().get_parameter_source, click.core.ParameterSource.COMMANDLINE
+        given = {name: value for name, value in options.items() if asked(name) == typed}
+        given.pop("random_weights", None)
+        trained = bench_train.bench_train(make_config(bench_train.TrainBenchConfig, given, "bench --train"), out)
+        click.echo(json.dumps(trained, indent=2) if as_json else bench_train.render(trained))
+        return
     from lcconvert.convert.bench import BenchConfig, bench
     from lcconvert.convert.bench_report import render
-    from lcconvert.convert.settings import make_config
 
     report = bench(make_config(BenchConfig, options, "bench"), out)
     click.echo(json.dumps(report.as_dict(), indent=2) if as_json else render(report))

@@ -20,16 +20,18 @@ from typing import Any
 
 import click
 import torch
+from accelerate import PartialState
 
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.corpus import Corpus
 from lcconvert.convert.extend_config import ExtendConfig, Stage
-from lcconvert.convert.extend_plan import CARDS, Cost, card_named, fit_time, render
+from lcconvert.convert.extend_plan import Cost, card_here, card_named, fit_time, render
 from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.license import source_license
 from lcconvert.convert.parallel import start_process
 from lcconvert.convert.provenance import made_with, named_source, public_name
 from lcconvert.convert.rope_methods import extend_rope
+from lcconvert.convert.trainable import loaded_dtype
 from lcconvert.convert.trainer import HOW_TO_RESUME, remove_state, train
 from lcconvert.convert.writer import ShardWriter, new_folder, partial_folder, verify_folder, write_files
 from lcconvert.runtime.errors import CheckFailed, UserError
@@ -60,7 +62,7 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
     held_out = [Haystack.load(path).text for path in (None, *map(Path, config.held_out))]
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     process = start_process(device)
-    config = _planned(config, spec, torch.device(device))
+    config = _planned(config, spec, torch.device(device), process.num_processes)
     resume = HOW_TO_RESUME if config.plan else None
     need = spec.parameters() * (2 + (_STATE_BYTES if config.plan else 0))
 
@@ -68,7 +70,7 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
     writing = new_folder(Path(out), keep_on_stop=resume, need_bytes=need) if main else nullcontext(partial_folder(out))
     with writing as folder:
         stretched = _Stretched(source, extended_config(source.config, spec, rope, config.context))
-        decoder = load_decoder(stretched, device=device, dtype=torch.float32 if config.plan else torch.bfloat16)
+        decoder = load_decoder(stretched, device=device, dtype=_loaded_dtype(config, spec, process))
         provenance = _provenance(source, src, stretched.sha256(), config) | made_with(device, "accelerate")
         if config.plan:
             tokens = sum(stage.rows * stage.seq_len for stage in config.plan)
@@ -182,16 +184,23 @@ def _check_windows(source: TensorSource, spec: ModelSpec) -> None:
         )
 
 
-def _planned(config: ExtendConfig, spec: ModelSpec, device: torch.device) -> ExtendConfig:
+def _planned(config: ExtendConfig, spec: ModelSpec, device: torch.device, devices: int) -> ExtendConfig:
     """The settings with their stages cut to max_time; UserError when a stage does not fit into the GPU."""
     if device.type != "cuda":
         if config.max_time is not None:
             raise UserError(f"max_time plans by the speed of a GPU and this runs on {device}; give fewer steps instead")
         return config
-    memory = torch.cuda.get_device_properties(device).total_memory
-    card = replace(CARDS["h100"], memory=memory)
-    Cost(spec, config, card).check_fits()
-    return fit_time(config, spec, card)
+    card = card_here(device)
+    Cost(spec, config, card, devices).check_fits()
+    return fit_time(config, spec, card, devices)
+
+
+def _loaded_dtype(config: ExtendConfig, spec: ModelSpec, process: PartialState) -> torch.dtype:
+    """Half of the memory where no weight will be trained in float32 on the device."""
+    if not config.plan:
+        return torch.bfloat16
+    cost = Cost(spec, config, card_here(process.device), process.num_processes)
+    return loaded_dtype(config, process.device, cost.host_optimizer)
 
 
 def _check_request(source: TensorSource, spec: ModelSpec, config: ExtendConfig) -> None:

@@ -79,8 +79,12 @@ class ExtendConfig(Stage):
     max_time: seconds ("20m"): stages are shortened alike until training takes no longer, by speeds measured on an H100.
     lora_rank: 0 trains every weight; otherwise adapters of this rank on q, k, v and o, scaled by lora_alpha / lora_rank
     and merged at the end, and beside them the weights that `lora_train` names.
-    mlp_tile: tokens whose wide MLP activations exist at once, recomputed in the backward pass; 0 keeps all of a layer.
-    dtype: what the forward pass computes in; the weights trained are float32, the weights written bfloat16.
+    streamed: layer by layer in tiles of `tile` tokens, with what waits for the backward pass in host memory where the
+    GPU has no room; None: stages that do not fit otherwise.
+    host_optimizer: float32 weights and moments live in host memory, the GPU holds weights and gradients in the
+    precision of the forward pass; None: when nothing less makes all stages fit.
+    dtype: what the forward pass computes in; weights that learn are float32 (see host_optimizer), the others have this
+    precision, the weights written bfloat16.
     """
 
     context: Tokens
@@ -94,7 +98,7 @@ class ExtendConfig(Stage):
     steps: int = Field(0, ge=0)
     stages: tuple[Stage, ...] = ()
     seed: int = Field(0, ge=0)
-    save_every: int = Field(50, ge=0, description="steps, or two minutes, between checkpoints; 0: none but when stopped")
+    save_every: int = Field(50, ge=0, description="steps or two minutes between checkpoints; 0: none but when stopped")
     max_time: Seconds | None = None
     lora_rank: int = Field(0, ge=0)
     lora_alpha: float = Field(16.0, gt=0)
@@ -102,7 +106,9 @@ class ExtendConfig(Stage):
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = True
-    mlp_tile: int = Field(0, ge=0)
+    streamed: bool | None = None
+    tile: int = Field(8192, ge=64)
+    host_optimizer: bool | None = None
     device: str | None = None
     dtype: Annotated[str | None, Field(pattern="^(float32|bfloat16)$")] = None
 
@@ -122,7 +128,7 @@ class ExtendConfig(Stage):
     def training_identity(self) -> dict[str, Any]:
         """Everything a half-finished training depends on; a resumed run must agree in all of it."""
         fixed = self.model_dump(
-            mode="json", exclude={"save_every", "device", "gradient_checkpointing", "mlp_tile", "stages", "steps"}
+            mode="json", exclude={"save_every", "device", "gradient_checkpointing", "tile", "stages", "steps"}
         )
         return {
             **fixed,

@@ -1,9 +1,9 @@
 """What an extension will take before it starts: seconds and peak GPU memory of every stage, and what does not fit.
 
-The seconds are two products at two rates: 8 FLOP a weight and token (forward, recomputed forward, backward), and 3.5
-forward passes of causal attention, which is kept. The rates come from training SmolLM2-135M on one H100 with 64K and
-256K tokens a step and give those back to 5%; other head sizes were not measured. Loading, checkpoints and the write
-at the end are left out. Memory is a sum over what is alive at the worst moment, not a measurement.
+The seconds are two products at two rates: 8 FLOP a weight and token (forward, recomputed forward, backward; 6 of a
+weight that does not learn), and 3.5 forward passes of causal attention, one more where it is not kept. The rates come
+from training SmolLM2-135M on one H100 with 64K and 256K tokens a step and give those back to 5%; other head sizes were
+not measured. Loading, checkpoints and the write at the end are left out. `extend_memory` counts the bytes.
 
 Surprising rule: only cards whose rates were measured have a name here. A guess that looks like a measurement would be
 believed.
@@ -11,10 +11,15 @@ believed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
 
 from lcconvert.convert.extend_config import REPLAY_ROW, REPLAY_TOKENS, ExtendConfig, Stage
-from lcconvert.convert.loss import TILE_ROWS
+from lcconvert.convert.extend_memory import QUESTION_TOKENS, Memory, StageMemory
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.rope import RopeSpec
 from lcconvert.runtime.spec import ModelSpec
@@ -22,20 +27,40 @@ from lcconvert.runtime.units import format_bytes, format_count
 
 _READ_SHARE = 0.14  # what block-sparse reading of 1M takes of the time of dense attention, selection included
 _ASK_RATE = 0.53  # of the rate of attention: a few hundred rows against a million keys fill the GPU less
-_QUESTION_TOKENS = 64  # a question in its chat frame and the answer
 _GRAIN = 1024  # the longest length that fits is named to this many tokens
 
 
 @dataclass(frozen=True)
 class Card:
-    """memory in bytes; useful FLOP/s of linear layers and of attention in training, bfloat16."""
+    """memory and host: bytes of the device and of the machine around it; useful FLOP/s of linear layers and of
+    attention in training, bfloat16; bus: bytes/s each way between the two."""
 
     memory: int
+    host: int
     linear: float
     attention: float
+    bus: float = 45e9
 
 
-CARDS = {"h100": Card(memory=80 * 10**9, linear=225e12, attention=415e12)}
+CARDS = {"h100": Card(memory=80 * 10**9, host=2**37, linear=225e12, attention=415e12)}
+
+
+def card_here(device: torch.device) -> Card:
+    """The card at hand, at the speeds of an H100; a CPU is one on which everything fits."""
+    card = CARDS["h100"]
+    if device.type != "cuda":
+        return replace(card, memory=2**62, host=2**62)
+    return replace(card, memory=torch.cuda.get_device_properties(device).total_memory, host=host_memory())
+
+
+def host_memory() -> int:
+    """Bytes of this machine, or of the container that this process is confined to."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
 
 
 def card_named(name: str) -> Card:
@@ -46,30 +71,33 @@ def card_named(name: str) -> Card:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model of `spec` takes to train as `config` says, on `card`."""
+    """What a model of `spec` takes to train as `config` says, on so many `devices` that are a `card` each."""
 
     spec: ModelSpec
     config: ExtendConfig
     card: Card
+    devices: int = 1
 
     def step_seconds(self, stage: Stage) -> float:
         """One optimizer step, or one text and all updates about it."""
         if stage.questions:
             return self._reading_seconds(stage)
         spec, length = self.spec, stage.seq_len
-        recomputed = self.config.gradient_checkpointing
-        weights, forwards = spec.parameters(), 3.5
+        memory = self.memory(stage)
+        recomputed = self.config.gradient_checkpointing or bool(memory.keeps)
+        flop = (4 + 2 * recomputed) * spec.parameters() + 2 * self.trained_weights()  # a token
+        forwards = 3.5 + memory.computed_again / spec.num_layers
 
-        def seconds(flop_per_weight: int, passes: float, window: int) -> float:
+        def seconds(flop: int, passes: float, window: int) -> float:
             """Of one row: attention FLOP are 2 w q (causal: half of 4 w q) a token and layer."""
-            again = 2 * 3 * spec.hidden_size * spec.intermediate_size * spec.num_layers if self.config.mlp_tile else 0
-            linear = (flop_per_weight * weights + again) * length / self.card.linear
-            return linear + passes * 2 * window * length * spec.q_size * spec.num_layers / self.card.attention
+            attention = passes * 2 * window * length * spec.q_size * spec.num_layers
+            return flop * length / self.card.linear + attention / self.card.attention
 
-        trained = 8 if recomputed else 6
-        row = (1 - stage.replay_share) * seconds(trained, forwards, length)
-        row += stage.replay_share * seconds(trained + 2, forwards + 1, min(REPLAY_TOKENS, length))  # and the teacher
-        return row * stage.batch_size * stage.accumulate
+        row = (1 - stage.replay_share) * seconds(flop, forwards, length)
+        teacher = 2 * spec.parameters()
+        row += stage.replay_share * seconds(flop + teacher, forwards + 1, min(REPLAY_TOKENS, length))
+        moved = 12 * self.trained_weights() * self.host_optimizer / self.card.bus
+        return row * stage.batch_size * stage.accumulate / self.devices + moved
 
     def _reading_seconds(self, stage: Stage) -> float:
         """The text is one forward pass, of whose attention the hybrid policy computes a share; every question attends
@@ -78,47 +106,29 @@ class Cost:
         share = 1.0 if stage.prefix_attention == "dense" else _READ_SHARE
         attention = 2 * spec.q_size * spec.num_layers / self.card.attention  # seconds a query and key, causal
         reading = 2 * spec.parameters() * length / self.card.linear + share * attention * length**2
-        asking = stage.questions * _QUESTION_TOKENS * length * 2 * 3.5 * attention / _ASK_RATE
+        asking = stage.questions * QUESTION_TOKENS * length * 2 * 3.5 * attention / _ASK_RATE
         replayed = -(-stage.questions // stage.batch_size) * REPLAY_ROW * bool(stage.replay_share)
-        return reading + asking + 10 * spec.parameters() * replayed / self.card.linear
+        replaying = 10 * spec.parameters() * replayed / self.card.linear
+        return reading + (asking + replaying) / self.devices
 
-    def peak_bytes(self, stage: Stage) -> int:
-        """Weights, gradients and both moments in float32, then what the worst moment of a backward pass holds."""
-        spec, tokens = self.spec, stage.batch_size * (_QUESTION_TOKENS if stage.questions else stage.seq_len)
-        if stage.questions and stage.replay_share:
-            tokens += REPLAY_ROW
-        size = 4 if self.config.dtype == "float32" else 2
-        held = spec.parameters() * (4 + (size if size == 2 else 0))  # autocast keeps the weights in 16 bit too
-        held += 12 * self.trained_weights()
-        if any(each.replay_share for each in self.config.plan):
-            held += spec.parameters() * 2
-        if stage.questions:  # keys and values of the text, its hidden states, and gradients of one layer's keys
-            held += stage.seq_len * (2 * size * spec.kv_size * (spec.num_layers + 1) + 4 * spec.hidden_size)
-        narrow = 2 * spec.hidden_size * (4 + size)  # the two norms: input in float32, output
-        inside = narrow + size * (3 * spec.q_size + 2 * spec.kv_size)  # of a token and layer, all but the MLP
-        wide = 4 * size * spec.intermediate_size
-        if self.config.mlp_tile:
-            held += min(self.config.mlp_tile, tokens) * wide * 3 // 2
-        else:
-            inside += wide
-        borders = 4 * spec.hidden_size  # float32 between layers
-        layers = spec.num_layers
-        kept = layers * borders + inside if self.config.gradient_checkpointing else layers * (borders + inside)
-        ends = 4 * borders + 8 * spec.head_dim  # hidden states, their gradients, rotary tables
-        gradient = inside // 2
-        head = spec.vocab_size * (4 * spec.hidden_size + 12 * TILE_ROWS)
-        return held + tokens * (kept + gradient + ends) + head
+    @cached_property
+    def host_optimizer(self) -> bool:
+        """Whether float32 weights and moments live in host memory: only where not all stages fit otherwise."""
+        if self.config.host_optimizer is not None:
+            return self.config.host_optimizer
+        plain = self._memory(False)
+        if self.config.lora_rank or all(plain.of(stage).fits for stage in self.config.plan):
+            return False
+        return all(self._memory(True).of(stage).fits for stage in self.config.plan)
+
+    def memory(self, stage: Stage) -> StageMemory:
+        return self._memory(self.host_optimizer).of(stage)
 
     def trained_weights(self) -> int:
-        """Weights with a gradient: all, or the adapters and what is trained beside them."""
-        spec, config = self.spec, self.config
-        if not config.lora_rank:
-            return spec.parameters()
-        attention = 4 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size  # in and out widths of q, k, v, o
-        count = config.lora_rank * spec.num_layers * attention
-        norms = (2 * spec.num_layers + 1) * spec.hidden_size
-        embeddings = spec.vocab_size * spec.hidden_size
-        return count + norms * ("norms" in config.lora_train) + embeddings * ("embeddings" in config.lora_train)
+        return self._memory(False).trained
+
+    def _memory(self, host_optimizer: bool) -> Memory:
+        return Memory(self.spec, self.config, self.card.memory, self.card.host, host_optimizer, self.devices)
 
     def longest(self, stage: Stage) -> int:
         """The longest seq_len, in whole _GRAIN tokens and one window at a time, that fits; 0 when none does."""
@@ -126,34 +136,42 @@ class Cost:
         while low < high:
             middle = (low + high + 1) // 2
             tried = stage.model_copy(update={"seq_len": middle * _GRAIN, "batch_size": 1})
-            low, high = (middle, high) if self.peak_bytes(tried) <= self.card.memory else (low, middle - 1)
+            low, high = (middle, high) if self._fits_alone(tried) else (low, middle - 1)
         return low * _GRAIN
+
+    def _fits_alone(self, stage: Stage) -> bool:
+        alone = replace(self, config=self.config.model_copy(update={"stages": (stage,), "steps": 0}))
+        return alone.memory(stage).fits
 
     def check_fits(self) -> None:
         """UserError for the first stage that does not fit, with the longest length that does."""
         for number, stage in enumerate(self.config.plan, start=1):
-            if (peak := self.peak_bytes(stage)) > self.card.memory:
-                longest = self.longest(stage)
-                remedy = (
-                    f"the longest seq_len that fits is {format_count(longest)} with batch_size 1"
-                    if longest
-                    else "no seq_len fits, take a smaller model"
-                )
-                raise UserError(
-                    f"stage {number} ({stage.batch_size} x {format_count(stage.seq_len)} tokens) would take "
-                    f"{format_bytes(peak)} and the card has {format_bytes(self.card.memory)}; {remedy}"
-                )
+            memory = self.memory(stage)
+            if memory.fits:
+                continue
+            longest = self.longest(stage)
+            remedy = (
+                f"the longest seq_len that fits is {format_count(longest)} with batch_size 1"
+                if longest
+                else "no seq_len fits, take a smaller model or lora_rank"
+            )
+            raise UserError(
+                f"stage {number} ({stage.batch_size} x {format_count(stage.seq_len)} tokens) would take "
+                f"{format_bytes(memory.device)} of the card's {format_bytes(self.card.memory)} and "
+                f"{format_bytes(memory.host)} of the host's {format_bytes(self.card.host)}, of which a sixth is left "
+                f"free; {remedy}"
+            )
 
     def seconds(self) -> float:
         return sum(stage.steps * self.step_seconds(stage) for stage in self.config.plan)
 
 
-def fit_time(config: ExtendConfig, spec: ModelSpec, card: Card) -> ExtendConfig:
+def fit_time(config: ExtendConfig, spec: ModelSpec, card: Card, devices: int = 1) -> ExtendConfig:
     """`config` with fewer steps in every stage, in proportion, so that training ends within `max_time` on `card`.
 
     Never more steps than asked for; UserError when one step of every stage is too long already.
     """
-    cost = Cost(spec, config, card)
+    cost = Cost(spec, config, card, devices)
     if config.max_time is None or not config.plan or cost.seconds() <= config.max_time:
         return config
     least = sum(cost.step_seconds(stage) for stage in config.plan)
@@ -181,13 +199,25 @@ def render(cost: Cost, rope: RopeSpec) -> str:
     ]
     if not config.plan:
         return "\n".join([*lines, "training none: only the positions change"])
-    lines += ["", f"{'stage':>5} {'steps':>6} {'tokens a step':>16} {'s a step':>9} {'seconds':>8} {'peak':>8}"]
+    lines += [
+        "",
+        f"{'stage':>5} {'steps':>6} {'tokens a step':>16} {'s a step':>9} {'seconds':>8} {'peak GPU':>9} {'host':>8}",
+    ]
     for number, stage in enumerate(config.plan, start=1):
-        each = cost.step_seconds(stage)
+        each, memory = cost.step_seconds(stage), cost.memory(stage)
         rows = f"{stage.questions} on" if stage.questions else f"{stage.batch_size * stage.accumulate} x"
         shape = f"{rows} {format_count(stage.seq_len)}"
         lines.append(
             f"{number:>5} {stage.steps:>6} {shape:>16} {each:>9.2f} {each * stage.steps:>8.0f} "
-            f"{format_bytes(cost.peak_bytes(stage)):>8}"
+            f"{format_bytes(memory.device):>9} {format_bytes(memory.host):>8}{_where(memory)}"
         )
+    if cost.host_optimizer:
+        lines.append("float32 weights and moments in host memory")
     return "\n".join([*lines, f"training takes about {cost.seconds() / 60:.1f} minutes, loading and writing apart"])
+
+
+def _where(memory: StageMemory) -> str:
+    """What a streamed stage keeps where."""
+    if not memory.keeps:
+        return ""
+    return "  streamed: " + ", ".join(f"{count} {what}" for what, count in memory.counts().items() if count)

@@ -38,7 +38,8 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """The base layer with the adapter added to its weight, in place."""
-        self.base.weight += self.scale * (self.up @ self.down).to(self.base.weight.dtype)
+        weight = self.base.weight
+        weight.copy_(weight.float() + self.scale * (self.up @ self.down))
         return self.base
 
 

@@ -25,6 +25,8 @@ from torch import nn
 
 from lcconvert.convert.corpus import Corpus
 from lcconvert.convert.extend_config import REPLAY_TOKENS, ExtendConfig, Stage
+from lcconvert.convert.extend_plan import Cost, card_here
+from lcconvert.convert.host_adamw import HostAdamW
 from lcconvert.convert.lora import add_lora, merge_lora
 from lcconvert.convert.loss import weighted_cross_entropy, weighted_divergence
 from lcconvert.convert.parallel import Processes, make_accelerator, whole_weights
@@ -32,6 +34,9 @@ from lcconvert.convert.prefix_tuning import Prefix, hidden_after, read_prefix
 from lcconvert.convert.progress import progress
 from lcconvert.convert.rows import StageRows
 from lcconvert.convert.shards import Shards
+from lcconvert.convert.shelf import Shelf
+from lcconvert.convert.streamed import Streaming, streamed_hidden
+from lcconvert.convert.trainable import compute_dtype, make_trainable
 from lcconvert.convert.stopping import SavingTimes, stop_at_border
 from lcconvert.convert.training_log import TrainingLog
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
@@ -53,6 +58,7 @@ class LossModule(nn.Module):
         self.decoder = decoder
         self.checkpoint_layers = checkpoint_layers
         self.shards = Shards()  # what is held here of every row
+        self.streaming: Streaming | None = None  # None: the decoder's own pass
         self._teacher = (teacher,)  # in a tuple, so that its weights are neither trained nor saved
 
     def forward(
@@ -77,9 +83,7 @@ class LossModule(nn.Module):
             if prefix is None:
                 rows, places, targets, counted = map(self.shards.local, (ids[kept], positions[kept], targets, counted))
                 counted = counted * self.shards.size
-                hidden = self.decoder(
-                    rows, places, checkpoint_layers=self.checkpoint_layers, attend_of=self.shards.attend_of
-                )
+                hidden = self._hidden(rows, places, self.shards)
             else:
                 hidden = hidden_after(self.decoder, prefix, ids[kept])
             parts.append(
@@ -90,6 +94,15 @@ class LossModule(nn.Module):
         if replay.any():
             parts.append(self._divergence(ids[replay]) * (replay.sum() / len(ids)))
         return torch.stack(parts).sum()
+
+    def _hidden(self, ids: torch.Tensor, positions: torch.Tensor, shards: Shards) -> torch.Tensor:
+        """int64 [B, T] -> hidden states after the final norm [B, T, H], of rows shared as `shards` says."""
+        if self.streaming is not None:
+            return streamed_hidden(self.decoder, ids, positions, self.streaming, shards.attend_of)
+        hidden: torch.Tensor = self.decoder(
+            ids, positions, checkpoint_layers=self.checkpoint_layers, attend_of=shards.attend_of
+        )
+        return hidden
 
     def _divergence(self, ids: torch.Tensor) -> torch.Tensor:
         """Mean KL(teacher || model) over pieces of the rows [R, T], each read from position 0 by both.
@@ -103,9 +116,9 @@ class LossModule(nn.Module):
         pieces, real = self.shards.dealt(pieces)
         with torch.no_grad():
             wanted = torch.cat([teacher(piece) for piece in pieces.split(_REPLAY_PIECES)])
-        hidden = torch.cat(
-            [self.decoder(piece, checkpoint_layers=self.checkpoint_layers) for piece in pieces.split(_REPLAY_PIECES)]
-        )
+        places = torch.arange(size, device=ids.device).expand_as(pieces)
+        batches = zip(pieces.split(_REPLAY_PIECES), places.split(_REPLAY_PIECES))
+        hidden = torch.cat([self._hidden(piece, place, Shards()) for piece, place in batches])
         weights = (real * share).repeat_interleave(size)
         return weighted_divergence(
             hidden.flatten(0, 1), self.decoder.head_weight, wanted.flatten(0, 1), teacher.head_weight, weights
@@ -129,19 +142,22 @@ def train(
     kept. Returns, in every process, the trained decoder and what provenance records.
     """
     device = decoder.head_weight.device
-    mixed = "bf16" if (config.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16" else "no"
+    mixed = "bf16" if compute_dtype(config, device) == torch.bfloat16 else "no"
     accelerator = make_accelerator(device, mixed)
     processes = Processes(accelerator)
     if processes.sharded_weights and any(stage.questions for stage in config.plan):
         raise UserError("a stage with questions reads with whole weights; start accelerate without FSDP for it")
-    identity = json.loads(json.dumps({**config.training_identity(), "text": corpus.sha256, "source": source}))
-    if config.lora_rank:
-        add_lora(decoder, config.lora_rank, config.lora_alpha, config.lora_train, config.seed)
-    optimizer = torch.optim.AdamW(_weight_groups(decoder, config.weight_decay), betas=(0.9, 0.95))
+    cost = Cost(decoder.spec, _unsharded(config, processes), card_here(device), processes.count)
+    resolved = {
+        "host_optimizer": cost.host_optimizer,
+        "streamed": [bool(cost.memory(stage).keeps) for stage in config.plan],
+    }
+    identity = {**config.training_identity(), **resolved, "text": corpus.sha256, "source": source}
+    identity = json.loads(json.dumps(identity))
+    own_optimizer = make_trainable(decoder, config, host_optimizer=cost.host_optimizer)
     decoder.train()
-    for layer in decoder.layers:
-        layer.mlp.tile_rows = config.mlp_tile
-    model, optimizer = accelerator.prepare(LossModule(decoder, config.gradient_checkpointing, teacher), optimizer)
+    module = LossModule(decoder, config.gradient_checkpointing, teacher)
+    model, optimizer = accelerator.prepare(module, own_optimizer)
     done = _resume(accelerator, folder, identity)
     log = TrainingLog(folder / "training", done, writes=processes.writes)
     total = sum(stage.steps for stage in config.plan)
@@ -153,6 +169,7 @@ def train(
         for number, stage in enumerate(config.plan):
             rows = StageRows(stage, corpus, tokenizer, config.context, config.seed, first_row, first_token)
             step = max(done, first_step)
+            module.streaming = streaming_of(cost, stage, device)
             steps = _reading_steps if stage.questions else _stage_steps
             for result in steps(processes, model, optimizer, rows, config.clip_norm, step - first_step):
                 if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
@@ -168,12 +185,16 @@ def train(
                         _save(accelerator, folder, step, identity)
                 if stopping:
                     raise Interrupted(f"stopped after step {step} of {total}, saved in {folder}; {HOW_TO_RESUME}")
+            if module.streaming is not None:
+                module.streaming.shelf.close()
             first_step += stage.steps
             first_row += stage.rows
             first_token += stage.rows * stage.seq_len
     log.plot()
     if processes.sharded_weights:
         decoder = _whole(decoder, config)
+    if isinstance(own_optimizer, HostAdamW):
+        own_optimizer.close()
     accelerator.free_memory()
     if config.lora_rank:
         merge_lora(decoder)
@@ -199,6 +220,21 @@ def _whole(decoder: Decoder, config: ExtendConfig) -> Decoder:
             add_lora(fresh, config.lora_rank, config.lora_alpha, config.lora_train, config.seed)
     fresh.load_state_dict(weights, assign=True)
     return fresh
+
+
+def _unsharded(config: ExtendConfig, processes: Processes) -> ExtendConfig:
+    """The settings, of which sharded weights, whole only inside their own layers, leave no choice of some."""
+    if not processes.sharded_weights:
+        return config
+    if config.streamed or config.host_optimizer:
+        raise UserError("streamed and host_optimizer are for whole weights; leave them out, or start without FSDP")
+    return config.model_copy(update={"streamed": False, "host_optimizer": False})
+
+
+def streaming_of(cost: Cost, stage: Stage, device: torch.device) -> Streaming | None:
+    """How the passes of `stage` are streamed, None where they are plain."""
+    keeps = cost.memory(stage).keeps
+    return Streaming(Shelf(device), keeps, cost.config.tile) if keeps else None
 
 
 @dataclass(frozen=True)
@@ -300,14 +336,6 @@ def learning_rate(stage: Stage, step: int) -> float:
         return stage.lr * (step + 1) / (stage.warmup + 1)
     through = (step - stage.warmup) / max(1, stage.steps - stage.warmup - 1)
     return stage.lr * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, through))))
-
-
-def _weight_groups(decoder: Decoder, decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices only; norms and biases are left alone."""
-    trained = [p for p in decoder.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def _save(accelerator: Accelerator, folder: Path, step: int, identity: dict[str, Any]) -> None:

@@ -116,10 +116,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """`tile_rows` > 0: a training pass holds the wide activations of so many tokens at once, for one more forward."""
-
-    tile_rows = 0
-
     def __init__(self, spec: ModelSpec, layout: QuantLayout, name: str):
         super().__init__()
         h, m, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
@@ -129,19 +125,13 @@ class MLP(nn.Module):
         self.activation = spec.activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.tile_rows or x.shape[-2] <= self.tile_rows or not torch.is_grad_enabled():
-            return self._rows(x)
-        tiles = x.split(self.tile_rows, dim=-2)
-        return torch.cat([checkpoint(self._rows, tile, use_reentrant=False) for tile in tiles], dim=-2)
+        return self.down_proj(self.gated(x))
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] -> the input of the down projection [..., I]."""
         gate = self.gate_proj(x)
         gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
         return gate * self.up_proj(x)
-
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.gated(x))
 
 
 class Layer(nn.Module):

@@ -17,6 +17,8 @@ from lcconvert.convert import trainer
 from lcconvert.convert.corpus import Corpus
 from lcconvert.convert.extend import ExtendConfig, Stage, extend
 from lcconvert.convert.rows import StageRows
+from lcconvert.convert.shelf import Shelf
+from lcconvert.convert.streamed import Keep, Streaming
 from lcconvert.convert.trainer import LossModule, learning_rate
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
 from lcconvert.runtime.model import load_decoder
@@ -203,14 +205,32 @@ def test_checkpointing_layers_changes_nothing(work: Path, batch: dict[str, torch
     torch.testing.assert_close(loss_and_gradients(LossModule(decoder, True), batch), plain)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_tiling_the_mlp_changes_nothing(work: Path, batch: dict[str, torch.Tensor], checkpointing: bool) -> None:
+def test_streaming_changes_nothing(work: Path, batch: dict[str, torch.Tensor]) -> None:
     decoder = load_decoder(FolderSource(work / "source")).train()
     plain = loss_and_gradients(LossModule(decoder, False), batch)
-    for layer in decoder.layers:
-        layer.mlp.tile_rows = 256  # 700 tokens: two whole tiles and a rest
-    tiled = loss_and_gradients(LossModule(decoder, checkpointing), batch)
-    torch.testing.assert_close(tiled, plain, rtol=1e-6, atol=1e-6)
+    module = LossModule(decoder, False)
+    module.streaming = Streaming(Shelf(torch.device("cpu")), [Keep("host", "host"), Keep("host", "again")], tile=1024)
+    torch.testing.assert_close(loss_and_gradients(module, batch), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_streamed_training_with_its_optimizer_in_the_host_is_the_same_and_resumes(
+    work: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopping(trainer.TrainingLog):
+        def add(self, **row: Any) -> None:
+            super().add(**row)
+            if row["step"] == 6:
+                signal.raise_signal(signal.SIGINT)
+
+    settings = config(work, streamed=True, host_optimizer=True, tile=256)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "TrainingLog", Stopping)
+        with pytest.raises(Interrupted):
+            extend(str(work / "source"), work / "streamed", settings)
+    with pytest.raises(UserError, match="another host_optimizer"):
+        extend(str(work / "source"), work / "streamed", settings.model_copy(update={"host_optimizer": False}))
+    rows, plain = curve(extend(str(work / "source"), work / "streamed", settings)), curve(whole)
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in plain], rel=1e-4)
 
 
 def test_loss_is_the_mean_of_rows(work: Path, batch: dict[str, torch.Tensor]) -> None:
