@@ -256,8 +256,11 @@ def serve_command(
     with bind(host, port) as listener:
         from lcconvert.convert.checkpoint import open_checkpoint
         from lcconvert.runtime.engine import Engine
+        from lcconvert.runtime.texts import Texts
 
         source = open_checkpoint(src)
+        texts = Texts(source.files)
+        texts.start()  # a tokenizer that cannot be read within limits is refused before this process reads it
         engine = Engine.load(source, device=device, max_context=max_context)
         sessions = None
         if session_dir is not None:
@@ -270,6 +273,7 @@ def serve_command(
             api_key=api_key,
             prefix_cache=prefix_cache,
             sessions=sessions,
+            texts=texts,
             listener=listener,
             ready=lambda url: click.echo(f"serving {engine.name} at {url}"),
         )

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 KEEP_ALIVE = 10.0  # seconds of silence before a stream sends a comment
 _BODY_SECONDS = 120.0  # a client has to send its request
 _T = TypeVar("_T")
+_MOST_BODY = 2**28  # bytes, whatever context an artifact claims to have
 _Asked = TypeVar("_Asked", ChatRequest, CompletionRequest, TokenizeRequest)
 
 
@@ -81,7 +82,6 @@ class _Api:
         texts: Texts | None,
     ) -> None:
         self.engine = engine
-        self._own_texts = texts is None
         self.texts = texts or Texts(engine.tokenizer.files)
         self.tokenizer = engine.tokenizer
         self.model_name = model_name
@@ -92,7 +92,7 @@ class _Api:
         self.session_folder = sessions.folder if sessions else None
         self._key = api_key.encode() if api_key else None
         # A token is about four bytes of text; JSON escapes can make six of one. Beyond that nothing can fit.
-        self._max_body = 2**20 + 32 * engine.max_context
+        self._max_body = min(2**20 + 32 * engine.max_context, _MOST_BODY)
         self._held = 0  # bytes of bodies that are being received or parsed
         self._max_held = 8 * self._max_body
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="lcconvert-text")
@@ -107,8 +107,7 @@ class _Api:
         finally:
             await asyncio.to_thread(self.worker.stop)
             self._threads.shutdown(wait=False, cancel_futures=True)
-            if self._own_texts:
-                self.texts.close()
+            self.texts.close()
 
     # Endpoints
 
@@ -418,8 +417,8 @@ def make_app(
     """The ASGI application of one loaded engine, which its worker thread owns from startup to shutdown.
 
     `app.state.worker` is that worker. `prefix_cache`: see `PrefixCache`; without `sessions` a request that names one is
-    refused. `texts` encodes for this engine and is closed by the caller. Raises UserError when the engine has no
-    tokenizer.
+    refused. `texts` encodes for this engine, by default in children that start at the first text; it is closed when the
+    application ends. Raises UserError when the engine has no tokenizer.
     """
     api = _Api(engine, model_name, api_key, keep_alive, prefix_cache, sessions, texts)
     routes = [

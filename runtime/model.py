@@ -298,6 +298,11 @@ def read_tensor(source: TensorSource, name: str, shape: torch.Size) -> torch.Ten
     return tensor
 
 
+    if spec.num_layers > (count := len(source.names())):  # before a module is made for each of them
+        raise UserError(
+            f"config.json: num_hidden_layers is {spec.num_layers}, but {source.name} has {count} tensors in all; "
+            "config.json and weights do not belong together"
+        )
 def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
     """Raises UserError when a floating tensor (float8 included) holds NaN or infinity."""
     if tensor.dtype.is_floating_point:

@@ -24,6 +24,7 @@ from lcconvert.runtime.errors import Interrupted, UserError
 if TYPE_CHECKING:
     from lcconvert.runtime.engine import Engine
     from lcconvert.runtime.sessions import Sessions
+    from lcconvert.runtime.texts import Texts
     from lcconvert.runtime.worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -97,22 +98,26 @@ def serve(
     model_name: str | None = None,
     prefix_cache: int | None = None,
     sessions: Sessions | None = None,
+    texts: Texts | None = None,
     listener: socket.socket | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serves until SIGINT or SIGTERM, then raises Interrupted, which says what state is left.
 
     `prefix_cache`: tokens to keep of requests that have ended; None is the whole context, 0 keeps nothing.
-    `listener` is a socket from `bind`, made before the model was loaded; without it `host` and `port` are bound here.
-    `ready` is told the URL once requests are answered. On a signal no new work is taken, waiting requests are refused,
-    running answers have `DRAIN` seconds to finish; a second Ctrl-C does not wait for them.
+    `texts` encodes for the engine and is closed at the end. `listener` is a socket from `bind`, made before the model
+    was loaded; without it `host` and `port` are bound here. `ready` is told the URL once requests are answered. On a
+    signal no new work is taken, waiting requests are refused, running answers have `DRAIN` seconds to finish; a second
+    Ctrl-C does not wait for them.
     """
     from lcconvert.runtime.api import make_app  # brings torch in, which `bind` must not wait for
 
     listener = listener or bind(host, port)
     with listener:
         name = model_name or PurePath(engine.name).name or "model"
-        app = make_app(engine, model_name=name, api_key=api_key, prefix_cache=prefix_cache, sessions=sessions)
+        app = make_app(
+            engine, model_name=name, api_key=api_key, prefix_cache=prefix_cache, sessions=sessions, texts=texts
+        )
         address, bound_port = listener.getsockname()[:2]
         if api_key is None and not ipaddress.ip_address(address).is_loopback:
             _log.warning("listening on %s without an API key: whoever reaches this port can use the model", address)

@@ -13,6 +13,7 @@ that dies says "refused" to its own request only.
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import subprocess
 import sys
@@ -151,6 +152,7 @@ def serve_texts(file: int) -> None:
             try:
                 if tokenizer is None:
                     tokenizer = Tokenizer.from_files(asked)
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a panic's message could quote the text
                 else:
                     method, values, options = asked
                     answer = np.array(getattr(tokenizer, method)(*values, **options), np.int32).tobytes()

@@ -75,12 +75,18 @@ class Tokenizer:
             **_object(files, "tokenizer_config.json"),
             "eos_token_id": _object(files, "generation_config.json").get("eos_token_id"),
         }
-        template = config.get("chat_template")
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}
-        if "chat_template.jinja" in files:
-            template = files["chat_template.jinja"].decode("utf-8")
-        made = cls(backend, config, template)
+        try:
+            template = config.get("chat_template")
+            if isinstance(template, list):
+                template = {entry["name"]: entry["template"] for entry in template}
+            if "chat_template.jinja" in files:
+                template = files["chat_template.jinja"].decode("utf-8")
+            made = cls(backend, config, template)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"the tokenizer files hold something unexpected ({type(error).__name__}: {error}); "
+                "fetch tokenizer_config.json, generation_config.json and chat_template.jinja again"
+            ) from None
         made.files = {name: files[name] for name in _FILES if name in files}
         return made
 
@@ -246,7 +252,7 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(files[name])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is not readable JSON ({error}); fetch the file again") from None
     if not isinstance(value, dict):
         raise UserError(f"{name} holds a {type(value).__name__}, expected a JSON object; fetch the file again")

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import uvicorn
 from tiny import write_tiny
@@ -21,15 +22,23 @@ from lcconvert.runtime.texts import Texts
 MODEL = "tiny"
 SLOW = "~"  # a prompt with this character is held by `Held`
 CONTEXT = 2048
-_texts: dict[bytes, Texts] = {}  # one for all servers of a tokenizer, because starting one takes a while
 
 
-def shared_texts(engine: Engine) -> Texts:
-    files = engine.tokenizer.files
-    if (key := files["tokenizer.json"]) not in _texts:
-        _texts[key] = Texts(files)
-        atexit.register(_texts[key].close)
-    return _texts[key]
+class SharedTexts(Texts):
+    """One for all servers of a tokenizer, because starting a child takes a while."""
+
+    _of: ClassVar[dict[bytes, SharedTexts]] = {}
+
+    @classmethod
+    def of(cls, engine: Engine) -> SharedTexts:
+        files = engine.tokenizer.files
+        if (key := files["tokenizer.json"]) not in cls._of:
+            cls._of[key] = cls(files)
+            atexit.register(super(cls, cls._of[key]).close)
+        return cls._of[key]
+
+    def close(self) -> None:
+        """Not before the process ends."""
 
 
 def tiny_engine(folder: Path) -> Engine:
@@ -43,7 +52,7 @@ def tiny_engine(folder: Path) -> Engine:
 def running(engine: Engine, **options: object) -> Iterator[str]:
     """A real server on a free port in a thread; yields its URL."""
     listener = bind(port=0)
-    app = make_app(engine, model_name=MODEL, **{"texts": shared_texts(engine), **options})
+    app = make_app(engine, model_name=MODEL, **{"texts": SharedTexts.of(engine), **options})
     config = uvicorn.Config(app, http="h11", ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -36,7 +36,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 @pytest.fixture(scope="module")
 def url(engine):
     files = engine.tokenizer.files | {"chat_template.jinja": TEMPLATE.encode()}
-    with Texts(files) as texts, running(engine, texts=texts) as url:
+    with running(engine, texts=Texts(files)) as url:
         yield url
 
 
