@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -227,33 +228,78 @@ def test_the_endpoints_and_commands(engine, tmp_path) -> None:
     assert "cannot be reached" in str(run(cli, ["session", "save", "s", "--url", "http://127.0.0.1:9"]).exception)
 
 
-def test_a_server_killed_while_saving_serves_again(artifact, tmp_path) -> None:
-    """SIGKILL in the middle of the file; the next server ignores the half, reads anew, and saves."""
+# Imports once, then starts a server (a fork of itself) for every line of its input: where it is to stop and stay.
+SERVERS = """
+import os, signal, sys, time
+import lcconvert.runtime.api, lcconvert.convert.checkpoint, lcconvert.convert.validate
+from lcconvert.convert.cli import main
+from lcconvert.runtime.engine import Engine
+from lcconvert.runtime.sessions import Sessions
+
+prefill, contents = Engine.prefill, Sessions._contents
+
+def stay(*_):
+    print("reached", flush=True)
+    time.sleep(600)
+
+def contents_in_part(self, kept):
+    yield next(contents(self, kept))
+    stay()
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    if (pid := os.fork()) == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        where = line.strip()
+        if where == "prefill":
+            Engine.prefill = lambda self, seq, ids, **options: prefill(self, seq, ids, **options | {"progress": stay})
+        elif where == "decode":
+            Engine.decode_batch = stay
+        elif where == "save":
+            Sessions._contents = contents_in_part
+        main()
+    print(pid, flush=True)
+"""
+
+
+def test_a_server_killed_anywhere_serves_again(artifact, tmp_path) -> None:
+    """SIGKILL while a prompt is read, while an answer is written, in the middle of a session's file: the next server
+    ignores the half file, reads anew, answers and saves."""
     folder = tmp_path / "sessions"
-    slow = (
-        "import time; from lcconvert.runtime.sessions import Sessions; contents = Sessions._contents\n"
-        "def slowly(self, kept):\n"
-        "    for block in contents(self, kept):\n"
-        "        yield block\n"
-        "        print('block', flush=True); time.sleep(0.5)\n"
-        "Sessions._contents = slowly\n"
-    )
     command = ["serve", str(artifact), "--port", "0", "--device", "cpu", "--session-dir", str(folder)]
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-c", SERVERS, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            bufsize=1,
+        ) as servers,
+        ThreadPoolExecutor() as pool,
+    ):
 
-    def serve(before: str) -> subprocess.Popen[str]:
-        code = f"{before}import sys; from lcconvert.convert.cli import main; sys.argv[1:] = {command!r}; main()"
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        def start(where: str) -> tuple[int, str]:
+            servers.stdin.write(where + "\n")
+            return int(servers.stdout.readline()), servers.stdout.readline().split()[-1]
 
-    with serve(slow) as server:
-        url = server.stdout.readline().split()[-1]
-        answer, _ = ask(url, DOCUMENT, session="doc")
-        assert server.stdout.readline() == "block\n"
-        server.send_signal(signal.SIGKILL)
-    assert [file.name for file in folder.iterdir()] == ["doc.partial"]
-    with serve("") as server:
-        url = server.stdout.readline().split()[-1]
-        assert ask(url, DOCUMENT, session="doc") == (answer, 0)
+        for where in ("prefill", "decode", "save"):
+            pid, url = start(where)
+            answer = pool.submit(ask, url, DOCUMENT, session="doc")
+            assert servers.stdout.readline() == "reached\n"
+            os.kill(pid, signal.SIGKILL)
+            if where != "save":
+                with pytest.raises(httpx.TransportError):
+                    answer.result(30)
+        assert [file.name for file in folder.iterdir()] == ["doc.partial"]
+        pid, url = start("")
+        assert ask(url, DOCUMENT, session="doc") == answer.result()
         eventually((folder / "doc.session").exists)
-        server.send_signal(signal.SIGINT)
-        assert "ignoring doc.partial" in server.stderr.read()
+        os.kill(pid, signal.SIGKILL)
+        pid, url = start("")
+        assert ask(url, DOCUMENT, session="doc") == (answer.result()[0], 896)
+        os.kill(pid, signal.SIGKILL)
+        servers.stdin.close()
+    assert (tmp_path / "log").read_text().count("ignoring doc.partial") == 1
     assert [file.name for file in folder.iterdir()] == ["doc.session"]
