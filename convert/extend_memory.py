@@ -149,7 +149,11 @@ class Memory:
         kept = layers * waiting + inside if self.config.gradient_checkpointing else layers * (waiting + inside)
         ends = 4 * borders + 8 * spec.head_dim  # hidden states, their gradients, rotary tables
         peak = held + tokens * (kept + inside // 2 + ends) + self._head()
-        return StageMemory((), peak, self._host_state, peak <= self.device and self._host_state <= self._host_limit)
+        return self._stage((), peak, self._host_state)
+
+    def _stage(self, keeps: tuple[Keep, ...], device: int, host: int) -> StageMemory:
+        fits = device <= (1 - _KEPT_FREE) * self.device and host <= self._host_limit
+        return StageMemory(keeps, device, host, fits)
 
     def _streamed(self, stage: Stage) -> StageMemory:
         """Hidden states H wide and query rows Q wide, of all tokens, are the units of this."""
@@ -183,7 +187,7 @@ class Memory:
         on_device = (layers - inputs_off) * hidden + outputs_on * waiting
         host = self._host_state + inputs_off * hidden + outputs_off * waiting
         peak = max(first + on_device, last)
-        return StageMemory(tuple(keeps), peak, host, peak <= self.device and host <= self._host_limit)
+        return self._stage(tuple(keeps), peak, host)
 
     def _layer_pass(self, tokens: int, hidden: int, query: int, keys: int) -> int:
         """What the backward pass of one layer holds, and what is fetched for the next one."""

@@ -13,11 +13,15 @@ from lcconvert.convert.extend_config import ExtendConfig
 from lcconvert.convert.host_adamw import HostAdamW
 from lcconvert.convert.lora import add_lora
 from lcconvert.convert.loss import weighted_cross_entropy
+from lcconvert.convert.shapes import SHAPES, random_decoder
 from lcconvert.convert.shelf import Shelf
 from lcconvert.convert.streamed import Keep, Streaming, streamed_hidden
 from lcconvert.convert.trainable import make_trainable
+from lcconvert.convert.trainer import LossModule
+from lcconvert.runtime.linear import QuantLayout
 from lcconvert.runtime.model import Decoder, load_decoder
 from lcconvert.runtime.source import FolderSource
+from lcconvert.runtime.spec import ModelSpec
 
 IDS = torch.arange(2 * 150).view(2, 150) * 7 % 320
 POSITIONS = (torch.arange(150) * 3).expand(2, -1)  # with skips
@@ -106,3 +110,59 @@ def test_host_adamw_is_adamw(source: Path, dtype: str, monkeypatch: pytest.Monke
         torch.testing.assert_close(optimizer.state[a]["weight"].view(a.shape), b.detach(), rtol=1e-6, atol=1e-7)
         assert torch.equal(a, optimizer.state[a]["weight"].view(a.shape).to(a.dtype))
         assert torch.equal(a, c)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("whole", [False, True], ids=["lora", "full"])
+def test_on_a_gpu(whole: bool) -> None:
+    """Copies beside the work, 16 bits and the kernels of a GPU: still the loss and gradients of the plain pass."""
+    small = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8}
+    spec = ModelSpec.from_config(SHAPES["llama-3.1-8b"] | small | {"num_key_value_heads": 2, "vocab_size": 4096})
+    device = torch.device("cuda")
+    config = ExtendConfig(context="64k", lora_rank=0 if whole else 8, tile=1024)
+    decoder = random_decoder(spec, QuantLayout(), device, torch.float32)
+    optimizer = make_trainable(decoder, config, host_optimizer=whole)
+    for name, weight in decoder.named_parameters():
+        if name.endswith(".up"):
+            weight.data.normal_(0, 0.02)
+    length = 10_000
+    batch = {
+        "ids": torch.randint(4096, (1, length), generator=torch.Generator().manual_seed(0)).to(device),
+        "positions": torch.arange(length, device=device)[None],
+        "weights": torch.full((1, length), 1 / length, device=device),
+        "replay": torch.zeros(1, dtype=torch.bool, device=device),
+    }
+    module = LossModule(decoder.train(), checkpoint_layers=True)
+    trained = [weight for weight in decoder.parameters() if weight.requires_grad]
+
+    def loss_and_gradients(streaming: Streaming | None) -> tuple[float, list[torch.Tensor]]:
+        module.streaming = streaming
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = module(**batch)
+        return loss.item(), [grad.float() for grad in torch.autograd.grad(loss, trained)]
+
+    loss, plain = loss_and_gradients(None)
+    shelf = Shelf(device)
+    for keep in (Keep("host", "host"), Keep("host", "again"), Keep(), Keep("host", "host")):
+        streamed, found = loss_and_gradients(Streaming(shelf, [keep] * 4, tile=1024))
+        assert streamed == pytest.approx(loss, rel=1e-3)
+        for ours, theirs in zip(found, plain):
+            assert (ours - theirs).norm() < 0.05 * theirs.norm()
+    shelf.close()
+    if not whole:
+        return
+    exact = [weight.detach().float().requires_grad_() for weight in trained]
+    theirs = torch.optim.AdamW(exact, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group |= {"lr": 1e-3, "weight_decay": 0.0}
+    for _ in range(3):
+        for weight, copied in zip(trained, exact):
+            weight.grad = torch.randn_like(weight)
+            copied.grad = weight.grad.float()
+        optimizer.step()
+        theirs.step()
+    for weight, copied in zip(trained, exact):
+        master = optimizer.state[weight]["weight"]
+        torch.testing.assert_close(master.cuda().view(copied.shape), copied.detach(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(weight.cpu(), master.view(weight.shape).bfloat16())
+    optimizer.close()
