@@ -21,7 +21,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, extract_model_from_parallel
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lcconvert.convert.shards import Shards
@@ -40,6 +41,8 @@ def make_accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision=mixed_precision, fsdp_plugin=_sharding() if sharded else None
     )
+    accelerator.register_save_state_pre_hook(_save_unwrapped)
+    accelerator.register_load_state_pre_hook(_load_unwrapped)
     asked = getattr(accelerator, "parallelism_config", None)
     for kind in ("tp_size", "sp_size"):
         if asked and getattr(asked, kind, 1) > 1:
@@ -48,6 +51,15 @@ def make_accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
                 "cp_size and weights by FSDP"
             )
     return accelerator
+
+
+def _save_unwrapped(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+    """Names without DDP's prefix, so that another number of processes can go on."""
+    weights[:] = [{name.removeprefix("module."): each for name, each in state.items()} for state in weights]
+
+
+def _load_unwrapped(models: list[nn.Module], folder: str) -> None:
+    models[:] = [extract_model_from_parallel(model) for model in models]
 
 
 def _sharding() -> FullyShardedDataParallelPlugin:

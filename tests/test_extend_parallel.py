@@ -12,18 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from families import random_model
 from tiny import write_tiny
 
-from lcconvert.convert import shards
+from lcconvert.convert import shards, trainer
 from lcconvert.convert.extend import ExtendConfig, Stage, extend
 from lcconvert.convert.shards import Shards
 from lcconvert.convert.trainer import saved_step
+from lcconvert.runtime.errors import Interrupted
 from lcconvert.runtime.source import FolderSource
 
 STAGES = (
-    Stage(steps=3, seq_len=500, lr=3e-4, retrieval_share=0.5, replay_share=0.3, accumulate=2),  # rows shared in two
+    Stage(steps=3, seq_len=300, lr=3e-4, retrieval_share=0.5, replay_share=0.3, accumulate=2),  # rows shared in two
     Stage(steps=2, seq_len=300, lr=3e-4, batch_size=2),  # a row each
-    Stage(steps=1, seq_len=2048, lr=3e-4, questions=3, batch_size=3, replay_share=0.5),
+    Stage(steps=1, seq_len=1024, lr=3e-4, questions=3, batch_size=3, prefix_attention="dense"),
 )
 
 GRADIENTS = """
@@ -61,7 +63,7 @@ def gradients(module, shards):
 def same(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
-for family in sys.argv[1:]:
+for family in sys.argv[5:]:
     original, other = (load_decoder(FolderSource(Path(family))) for _ in range(2))
     with torch.no_grad():
         other.layers[1].mlp.down_proj.weight.mul_(3)
@@ -79,6 +81,8 @@ for family in sys.argv[1:]:
     fully_shard(module)
     part, found = gradients(module, shared)
     same({name: grad.full_tensor() for name, grad in found.items()}, wanted)
+    Path(family, f"same{shared.rank}").touch()
+dist.destroy_process_group()
 """
 
 EXTEND = """
@@ -130,17 +134,36 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "training" / "loss.jsonl").read_text().splitlines()]
 
 
-def test_loss_and_every_gradient(work: Path) -> None:
-    assert launch(GRADIENTS, str(work / "source")) == [0, 0]
+@pytest.fixture(scope="module")
+def killed(work: Path) -> list[str]:
+    """Two processes compare gradients and then train until the third step; their arguments."""
+    random_model("olmo3").save_pretrained(work / "windowed")  # a layer with a window and one without
+    arguments = [str(work / "source"), str(work / "two"), config(work).model_dump_json(exclude={"steps"})]
+    families = [str(work / "source"), str(work / "windowed")]
+    assert launch(GRADIENTS + EXTEND, *arguments, "3", *families) == [-signal.SIGKILL] * 2
+    return arguments
 
 
-def test_two_processes_train_and_resume_as_one(work: Path) -> None:
+def test_loss_and_every_gradient(work: Path, killed: list[str]) -> None:
+    for family in ("source", "windowed"):
+        assert len(list((work / family).glob("same?"))) == 2
+
+
+class Stopping(trainer.TrainingLog):
+    def add(self, **row: Any) -> None:
+        super().add(**row)
+        if row["step"] == 4:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_two_processes_train_and_resume_as_one(work: Path, killed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     alone = extend(str(work / "source"), work / "alone", config(work))
-    settings = config(work).model_dump_json(exclude={"steps"})
-    arguments = [str(work / "source"), str(work / "two"), settings]
-    assert launch(EXTEND, *arguments, "3") == [-signal.SIGKILL] * 2
     assert saved_step(work / "two.partial") == 2
-    assert launch(EXTEND, *arguments, "0") == [0, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "TrainingLog", Stopping)
+        with pytest.raises(Interrupted, match="after step 4 of 6"):
+            extend(str(work / "source"), work / "two", config(work))  # one goes on where two were killed
+    assert launch(EXTEND, *killed, "0") == [0, 0]  # and two where one was stopped
     one, two = curve(alone), curve(work / "two")
     assert len(one) == len(two) == 6
     for ours, theirs in zip(two, one):
