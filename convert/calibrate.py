@@ -25,7 +25,7 @@ from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.selector_calibration import calibrate_alpha
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.linear import QuantLayout
-from lcconvert.runtime.model import Layer, layer_tables, read_tensor, scaled
+from lcconvert.runtime.model import MLP, Experts, Layer, layer_tables, read_tensor, scaled
 from lcconvert.runtime.sidecar import AttentionPolicy
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
@@ -38,6 +38,19 @@ SHARED_INPUT = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+
+
+def shared_input(layer: Layer) -> tuple[tuple[str, ...], ...]:
+    """`SHARED_INPUT` of `layer`, where experts may take the place of the MLP."""
+    if not isinstance(layer.mlp, Experts):
+        return SHARED_INPUT
+    named = (f"mlp.experts.{number}." for number in range(len(layer.mlp.mlps)))
+    rows = (
+        (tuple(f"{name}{leaf}_proj" for leaf in leaves)) for name in named for leaves in (("gate", "up"), ("down",))
+    )
+    return *SHARED_INPUT[:2], *rows
+
+
 _CHARS = 8  # characters tokenized for each token wanted; no text that is worth calibrating on has longer tokens
 _FP8_MAX = 448.0
 # Room above the largest value seen. e4m3 is a floating format: a doubled scale costs one of 17 binades, no precision.
@@ -103,6 +116,7 @@ class Moments:
     inputs: torch.Tensor
     missing: torch.Tensor
     owed: torch.Tensor | None
+    tokens: int = 0
 
     def debt(self, weight: torch.Tensor) -> torch.Tensor:
         """E[(W x' + r' - W x - r) x^T] for W float32 [N, K]: what the outputs lack, against the inputs; [N, K]."""
@@ -143,8 +157,9 @@ class Calibration:
     @torch.no_grad()
     def walk(
         self, layer: Layer, policy: AttentionPolicy | None, mass: float, reached: Callable[[Reach], None]
-    ) -> Iterator[tuple[tuple[str, ...], Moments]]:
-        """Takes every sample through `layer`: yields each `SHARED_INPUT` row with what it sees, before it runs.
+    ) -> Iterator[tuple[tuple[str, ...], Moments | None]]:
+        """Takes every sample through `layer`: yields each `shared_input` row with what it sees, before it runs; None
+        for an expert that no token chose.
 
         The caller rounds those weights in place before it goes on. `reached` is called once K and V are known;
         `policy`: calibrate its alpha, on the first sample, to recall `mass` of the attention.
@@ -175,23 +190,50 @@ class Calibration:
         reached(Reach(k_peak * (_KV_MARGIN / _FP8_MAX), v_peak * (_KV_MARGIN / _FP8_MAX), alpha, kept))
         yield SHARED_INPUT[1], seen.means()
 
+        for x in self.hidden:
+            x += layer.post_self_attn_layernorm(layer.self_attn.o_proj(attended.pop(0)))
+        yield from self._through_experts(layer, exact) if layer.routed else self._through_mlp(layer, exact)
+        if layer.number < self.last:
+            for x in self.hidden:
+                x += layer.post_mlp_layernorm(layer.mlp(layer.post_attention_layernorm(x)))
+
+    def _through_mlp(self, layer: Layer, exact: Layer) -> Iterator[tuple[tuple[str, ...], Moments]]:
+        mlp, original_mlp = layer.mlp, exact.mlp
+        assert isinstance(mlp, MLP)
+        assert isinstance(original_mlp, MLP)
         seen = _Sums()
         for x, original in zip(self.hidden, self.exact):
-            x += layer.post_self_attn_layernorm(layer.self_attn.o_proj(attended.pop(0)))
             seen.add(layer.post_attention_layernorm(x), exact.post_attention_layernorm(original))
         yield SHARED_INPUT[2], seen.means()
 
         seen = _Sums()
         residual = isinstance(layer.post_mlp_layernorm, nn.Identity)
         for x, original in zip(self.hidden, self.exact):
-            wanted = exact.mlp.gated(exact.post_attention_layernorm(original))
-            seen.add(layer.mlp.gated(layer.post_attention_layernorm(x)), wanted, original - x if residual else None)
-            original += exact.post_mlp_layernorm(exact.mlp.down_proj(wanted))
+            wanted = original_mlp.gated(exact.post_attention_layernorm(original))
+            seen.add(mlp.gated(layer.post_attention_layernorm(x)), wanted, original - x if residual else None)
+            original += exact.post_mlp_layernorm(original_mlp.down_proj(wanted))
         yield SHARED_INPUT[3], seen.means()
 
-        if layer.number < self.last:
-            for x in self.hidden:
-                x += layer.post_mlp_layernorm(layer.mlp(layer.post_attention_layernorm(x)))
+    def _through_experts(self, layer: Layer, exact: Layer) -> Iterator[tuple[tuple[str, ...], Moments | None]]:
+        """Every expert is shown the tokens that choose it now, as they are and as they were."""
+        experts, originals = layer.mlp, exact.mlp
+        assert isinstance(experts, Experts)
+        assert isinstance(originals, Experts)
+        routed = [experts.routes(layer.post_attention_layernorm(x))[0] for x in self.hidden]
+        names = shared_input(layer)[2:]
+        for number, (expert, original_expert) in enumerate(zip(experts.mlps, originals.mlps)):
+            inputs, inner = _Sums(), _Sums()
+            for x, original, chosen in zip(self.hidden, self.exact, routed):
+                rows = (chosen == number).any(-1)
+                inputs.add(layer.post_attention_layernorm(x[rows]), exact.post_attention_layernorm(original[rows]))
+            yield names[2 * number], inputs.means() if inputs.tokens else None
+            for x, original, chosen in zip(self.hidden, self.exact, routed):
+                rows = (chosen == number).any(-1)
+                wanted = original_expert.gated(exact.post_attention_layernorm(original[rows]))
+                inner.add(expert.gated(layer.post_attention_layernorm(x[rows])), wanted)
+            yield names[2 * number + 1], inner.means() if inner.tokens else None
+        for original in self.exact:
+            original += exact.post_mlp_layernorm(originals(exact.post_attention_layernorm(original)))
 
 
 class _Sums:
@@ -216,7 +258,7 @@ class _Sums:
         assert self.inputs is not None
         assert self.missing is not None
         owed = None if self.owed is None else self.owed.div_(self.tokens)
-        return Moments(self.inputs.div_(self.tokens), self.missing.div_(self.tokens), owed)
+        return Moments(self.inputs.div_(self.tokens), self.missing.div_(self.tokens), owed, self.tokens)
 
 
 def _added(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

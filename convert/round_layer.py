@@ -61,7 +61,8 @@ def round_layer(
                     tensors |= int4_tensors(full, values[part].to(torch.int8), scale[part])
                 else:
                     tensors |= fp8_tensors(full, values[part].to(FP8), scale[part])
-                rows.append({"name": full, "method": method, **_errors(target[part], rounded[part], moments)})
+                found = {"name": full, "method": method, **_errors(target[part], rounded[part], moments)}
+                rows.append(found | ({"tokens": moments.tokens if moments else 0} if layer.routed else {}))
                 original.copy_(rounded[part])
     packed = {f"{row['name']}.weight" for row in rows}
     plain = {f"{prefix}.{leaf}": tensor for leaf, tensor in layer.state_dict().items()}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lcconvert.convert.calibrate import SHARED_INPUT, load_layer
+from lcconvert.convert.calibrate import load_layer, shared_input
 from lcconvert.convert.progress import progress
 from lcconvert.convert.round_layer import to_nearest
 from lcconvert.convert.round_to_nearest import dequantize
@@ -77,12 +77,13 @@ def sensitivities(
             prefix, layer = f"model.layers.{number}", load_layer(source, spec, number, device)
             after, moments = _watched(layer, x, tables[number])
             moved = [layer(rows, *tables[number]) for rows in copies.split(_ROWS)] if len(copies) else []
-            for names in SHARED_INPUT:
+            for names in shared_input(layer):
                 forms = {name: form for name in names if (form := layout.format_of(f"{prefix}.{name}"))}
                 for form in dict.fromkeys(forms.values()):
                     wanted = [name for name in names if forms.get(name) == form]
                     weights = [layer.get_parameter(f"{name}.weight") for name in wanted]
-                    moved.append(_changed(layer, weights, form, embedding.dtype, moments[names[0]], x, tables[number]))
+                    seen = moments.get(names[0])
+                    moved.append(_changed(layer, weights, form, embedding.dtype, seen, x, tables[number]))
                     full = tuple(layout.stored_name(f"{prefix}.{name}") for name in wanted)
                     found.append((tuple(dict.fromkeys(full)), form, weights[0].shape[1], sum(map(len, weights))))
             copies, x = torch.cat(moved), after
@@ -92,13 +93,14 @@ def sensitivities(
 
 
 def _watched(layer: Layer, x: torch.Tensor, tables: Tables) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The layer's output, and E[x^2] float32 [K] by the first name of each `SHARED_INPUT` row."""
+    """The layer's output, and E[x^2] float32 [K] by the first name of each `shared_input` row; none for an
+    expert that no token chose."""
     moments: dict[str, torch.Tensor] = {}
 
     def watch(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         moments[name] = args[0].float().square().flatten(0, -2).mean(0)
 
-    names = [row[0] for row in SHARED_INPUT]
+    names = [row[0] for row in shared_input(layer)]
     hooks = [layer.get_submodule(name).register_forward_pre_hook(partial(watch, name)) for name in names]
     after = layer(x, *tables)
     for hook in hooks:
@@ -111,7 +113,7 @@ def _changed(
     weights: list[nn.Parameter],
     form: LinearFormat,
     dtype: torch.dtype,
-    second_moment: torch.Tensor,
+    second_moment: torch.Tensor | None,
     x: torch.Tensor,
     tables: Tables,
 ) -> torch.Tensor:

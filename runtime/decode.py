@@ -60,7 +60,10 @@ class DecodeStep:
         self._graphs: dict[int, _Graph] = {}
         # Elsewhere PyTorch stands in for a kernel, and may wait for the device, which a capture forbids.
         self._capturable = (
-            pool.device.type == "cuda" and pool.dtype != torch.float32 and model.spec.head_dim in _KERNEL_DIMS
+            pool.device.type == "cuda"
+            and pool.dtype != torch.float32
+            and model.spec.head_dim in _KERNEL_DIMS
+            and not model.spec.routed
         )
 
     def __call__(self, seqs: list[Sequence], tokens: list[int]) -> torch.Tensor:
@@ -124,8 +127,7 @@ class DecodeStep:
             else:
                 attended = self._within_window(number, q, inputs, layer.window)
             delta = layer.normed_out(products.o(attended.flatten(1)), layer.attn_out_norm)
-            gate_up = products.gate_up(products.gate_up.normed(x, layer.mlp_norm, delta))
-            delta = layer.normed_out(products.down(products.down.gated(gate_up, layer.activation)), layer.mlp_out_norm)
+            delta = layer.mlp(products, x, delta)
         norm = self._model.model.norm
         return F.linear(rms_norm(x, norm.factor, norm.eps, delta=delta), self._model.head_weight).float()
 

@@ -69,7 +69,7 @@ class Family:
     windows: which layers have a sliding window: none, "all", Qwen's late ones, the ones without RoPE, or those that
     `layer_types` names, which repeat with period `pattern` when absent (the last of a period sees everything).
     local_rope: windowed layers have a RoPE of their own. names: the checkpoint's name of a layer's part, by the
-    decoder's. fused: parts that the checkpoint stores as one tensor, row behind row.
+    decoder's; * stands for an expert's number. fused: parts that the checkpoint stores as one tensor, row behind row.
     """
 
     name: str
@@ -87,6 +87,8 @@ class Family:
     unrotated: bool = False  # some layers have no RoPE
     partial: bool = False  # a share of the channels may turn
     interleaved: bool = False  # neighbouring channels turn together, not channel i with i + half
+    experts: tuple[str, ...] = ()  # the fields that count them; () for an MLP in every layer
+    expert_size: str = "intermediate_size"  # the field with their inner width
     rope_kinds: tuple[str, ...] = ("default", "linear", "yarn", "longrope", "llama3")
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # fields with the only values computed here
     names: Mapping[str, str] = field(default_factory=dict)
@@ -131,6 +133,49 @@ FAMILIES = {
         o_bias=True,
         qk_norm="head",
         windows="late",
+    ),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        {
+            **_BASE,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        windows="all",
+        experts=("num_local_experts",),
+        names={
+            "mlp.gate": "block_sparse_moe.gate",
+            "mlp.experts.*.gate_proj": "block_sparse_moe.experts.*.w1",
+            "mlp.experts.*.down_proj": "block_sparse_moe.experts.*.w2",
+            "mlp.experts.*.up_proj": "block_sparse_moe.experts.*.w3",
+        },
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        {
+            **_BASE,
+            "num_key_value_heads": 4,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": None,  # there once; windows are on all layers or none
+            "decoder_sparse_step": 1,
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+            "num_experts": None,
+            "num_local_experts": None,  # the same by a newer name
+            "norm_topk_prob": False,
+            "mlp_only_layers": None,
+        },
+        o_bias=True,
+        qk_norm="head",
+        windows="all",
+        experts=("num_experts", "num_local_experts"),
+        expert_size="moe_intermediate_size",
     ),
     "Phi3ForCausalLM": Family(
         "phi3",

@@ -83,14 +83,17 @@ class QuantLayout:
 
     groups: tuple[tuple[tuple[str, ...], LinearFormat], ...] = ()
     ignore: tuple[str, ...] = ()
-    joined: tuple[tuple[str, str], ...] = ()  # (part of a layer, the tensor that stores it with others)
+    joined: tuple[tuple[str, str], ...] = ()  # (part of a layer, what stores it, alone or with others); * is a number
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantLayout:
         """No quantization_config: an empty layout. UserError names the first scheme this runtime cannot run."""
         block = config.get("quantization_config")
         family = FAMILIES.get((config.get("architectures") or [""])[0])
-        joined = tuple((part, whole) for whole, parts in family.fused.items() for part in parts) if family else ()
+        joined: tuple[tuple[str, str], ...] = ()
+        if family:
+            parts = ((part, whole) for whole, parts in family.fused.items() for part in parts)
+            joined = (*parts, *((part, stored) for part, stored in family.names.items() if part.startswith("mlp.")))
         if not block:
             return cls(joined=joined)
         if (method := block.get("quant_method")) != "compressed-tensors":
@@ -104,10 +107,11 @@ class QuantLayout:
         return cls(tuple(groups), tuple(block.get("ignore") or ()), joined)
 
     def stored_name(self, module: str) -> str:
-        """`module`, or the whole that stores it joined to others."""
+        """What the checkpoint calls `module`, or the whole that it is a part of."""
         for part, whole in self.joined:
-            if module.endswith("." + part):
-                module = module.removesuffix(part) + whole
+            pattern = re.escape(part).replace(r"\*", r"(\d+)")
+            if match := re.fullmatch(rf"(.*\.){pattern}", module):
+                return match[1] + (whole.replace("*", match[2]) if "*" in part else whole)
         return module
 
     def format_of(self, module: str) -> LinearFormat | None:

@@ -116,9 +116,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, spec: ModelSpec, layout: QuantLayout, name: str):
+    def __init__(self, spec: ModelSpec, layout: QuantLayout, name: str, inner: int):
         super().__init__()
-        h, m, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
+        h, m, bias = spec.hidden_size, inner, spec.mlp_bias
         self.gate_proj = make_linear(h, m, bias, layout.format_of(f"{name}.gate_proj"))
         self.up_proj = make_linear(h, m, bias, layout.format_of(f"{name}.up_proj"))
         self.down_proj = make_linear(m, h, bias, layout.format_of(f"{name}.down_proj"))
@@ -134,6 +134,42 @@ class MLP(nn.Module):
         return gate * self.up_proj(x)
 
 
+class Experts(nn.Module):
+    """Many MLPs, of which every token takes the few that `gate` scores highest, weighted by those scores.
+
+    Plain: one expert after the other, over the rows that chose it. Which rows these are is only known on the device,
+    so a step of this cannot be a CUDA graph.
+    """
+
+    def __init__(self, spec: ModelSpec, layout: QuantLayout, name: str):
+        super().__init__()
+        self.per_token, self.sum_to_one = spec.experts_per_token, spec.weights_sum_to_one
+        self.gate = nn.Linear(spec.hidden_size, spec.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            MLP(spec, layout, f"{name}.experts.{number}", spec.expert_size) for number in range(spec.num_experts)
+        )
+
+    @property
+    def mlps(self) -> Sequence[MLP]:
+        return cast(Sequence[MLP], self.experts)
+
+    def routes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows x [M, H] -> the numbers of each row's experts int64 [M, k], and their weights [M, k] in x's dtype."""
+        weights, chosen = self.gate(x).float().softmax(-1).topk(self.per_token, dim=-1)
+        if self.sum_to_one:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return chosen, weights.to(x.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, -2)
+        chosen, weights = self.routes(rows)
+        out = torch.zeros_like(rows)
+        for number in chosen.unique().tolist():
+            row, place = torch.where(chosen == number)
+            out.index_add_(0, row, self.experts[number](rows[row]) * weights[row, place, None])
+        return out.view_as(x)
+
+
 class Layer(nn.Module):
     """Layer `number`. Where a norm's place is empty in its family, an identity fills it."""
 
@@ -144,9 +180,13 @@ class Layer(nn.Module):
         def norm(present: bool) -> nn.Module:
             return RMSNorm(spec.hidden_size, spec.rms_eps, spec.norm_shift) if present else nn.Identity()
 
-        self.number, self.window = number, spec.window_of(number)
+        self.number, self.window, self.routed = number, spec.window_of(number), number in spec.routed
         self.self_attn = Attention(spec, layout, f"{name}.self_attn")
-        self.mlp = MLP(spec, layout, f"{name}.mlp")
+        self.mlp: MLP | Experts
+        if self.routed:
+            self.mlp = Experts(spec, layout, f"{name}.mlp")
+        else:
+            self.mlp = MLP(spec, layout, f"{name}.mlp", spec.intermediate_size)
         self.input_layernorm = norm(spec.pre_norms)
         self.post_attention_layernorm = norm(spec.pre_norms)  # of the MLP's input
         self.post_self_attn_layernorm = norm(spec.post_norms)
@@ -258,6 +298,11 @@ def load_decoder(
     Strict: a missing, left-over, misshapen or non-finite tensor is a UserError that names it.
     """
     spec = ModelSpec.from_config(source.config)
+    if spec.num_layers > (count := len(source.names())):  # before a module is made for each of them
+        raise UserError(
+            f"config.json: num_hidden_layers is {spec.num_layers}, but {source.name} has {count} tensors in all; "
+            "config.json and weights do not belong together"
+        )
     source = decoder_source(source, spec)
     layout = QuantLayout.from_config(source.config)
     with torch.device("meta"):
@@ -298,11 +343,6 @@ def read_tensor(source: TensorSource, name: str, shape: torch.Size) -> torch.Ten
     return tensor
 
 
-    if spec.num_layers > (count := len(source.names())):  # before a module is made for each of them
-        raise UserError(
-            f"config.json: num_hidden_layers is {spec.num_layers}, but {source.name} has {count} tensors in all; "
-            "config.json and weights do not belong together"
-        )
 def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
     """Raises UserError when a floating tensor (float8 included) holds NaN or infinity."""
     if tensor.dtype.is_floating_point:

@@ -180,18 +180,8 @@ class _LayerPass:
         delta = layer.normed_out(delta, layer.attn_out_norm)
         for row in range(0, end - begin, MLP_ROWS):
             rows = slice(row, row + MLP_ROWS)
-            self._mlp(products, layer, x[rows], delta[rows])
-
-    def _mlp(self, products: Products, layer: LayerWeights, x: torch.Tensor, delta: torch.Tensor) -> None:
-        """x += delta, then x += MLP(norm(x)), in place. A function, so that no row block outlives its turn."""
-        normed = products.gate_up.normed(x, layer.mlp_norm, delta)
-        with part(self.timer, "gemm"):
-            gate_up = products.gate_up(normed)
-        gated = products.down.gated(gate_up, layer.activation)
-        del normed, gate_up
-        with part(self.timer, "gemm"):
-            out = products.down(gated)
-        x += layer.normed_out(out, layer.mlp_out_norm)
+            block = x[rows]
+            block += layer.mlp(products, block, delta[rows], self.timer)
 
 
 def _tables(model: Decoder, start: int, total: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:

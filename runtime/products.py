@@ -21,7 +21,8 @@ from lcconvert.kernels.int4 import SMALL_M, dequantize_int4, expand_int4_fp8, in
 from lcconvert.kernels.rms_norm import rms_norm, rms_norm_fp8
 from lcconvert.kernels.silu_mul import silu_mul, silu_mul_fp8
 from lcconvert.runtime.linear import Fp8Linear, Int4Linear
-from lcconvert.runtime.model import Layer, RMSNorm
+from lcconvert.runtime.model import Experts, Layer, RMSNorm
+from lcconvert.runtime.timing import PartTimer, part
 
 Gemm = Literal["16-bit", "fp8"]
 Norm = tuple[torch.Tensor, float]  # the factor [H], eps
@@ -63,11 +64,9 @@ class Product:
 
     def normed(self, x: torch.Tensor, norm: Norm | None, delta: torch.Tensor | None = None) -> Rows:
         """Norm of x [M, H], after x += delta in place, in the form this product takes; x itself without a norm."""
-        if norm is not None:
-            return (rms_norm_fp8 if self.codes else rms_norm)(x, *norm, delta=delta)
-        if delta is not None:
-            x += delta
-        return self.taken(x)
+        if norm is not None and self.codes:
+            return rms_norm_fp8(x, *norm, delta=delta)
+        return self.taken(rows_normed(x, norm, delta))
 
     def gated(self, gate_up: torch.Tensor, activation: str = "silu") -> Rows:
         """silu(gate) * up of [M, 2I], or another activation's, in the form this product takes."""
@@ -83,12 +82,12 @@ class Product:
 
 @dataclass(frozen=True)
 class Products:
-    """The four products of a layer."""
+    """The products of a layer; those of the MLP are absent where experts take its place."""
 
     qkv: Product
     o: Product
-    gate_up: Product
-    down: Product
+    gate_up: Product | None = None
+    down: Product | None = None
 
 
 class LayerWeights:
@@ -97,11 +96,15 @@ class LayerWeights:
     def __init__(self, layer: Layer):
         attn, mlp = layer.self_attn, layer.mlp
         self.window, self.whole_norm, self.head_dim = layer.window, attn.whole_norm, attn.head_dim
-        self.activation = mlp.activation
         self.input_norm, self.mlp_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self.attn_out_norm, self.mlp_out_norm = _norm(layer.post_self_attn_layernorm), _norm(layer.post_mlp_layernorm)
         self.q_norm, self.k_norm = _norm(attn.q_norm), _norm(attn.k_norm)
-        groups = [[attn.q_proj, attn.k_proj, attn.v_proj], [attn.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+        groups = [[attn.q_proj, attn.k_proj, attn.v_proj], [attn.o_proj]]
+        if isinstance(mlp, Experts):
+            self.experts: Experts | None = mlp
+        else:
+            self.experts, self.activation = None, mlp.activation
+            groups += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
         dtype = next(layer.parameters()).dtype
         self._groups = [_merged(modules, dtype) for modules in groups]
 
@@ -115,6 +118,25 @@ class LayerWeights:
         if self.whole_norm and norm is not None:
             x.copy_(rms_norm(x, *norm))
 
+    def mlp(
+        self, products: Products, x: torch.Tensor, delta: torch.Tensor, timer: PartTimer | None = None
+    ) -> torch.Tensor:
+        """x += delta in place for rows [M, H], then what the MLP or the experts add to x. No row outlives the call."""
+        if self.experts is not None:
+            normed = rows_normed(x, self.mlp_norm, delta)
+            with part(timer, "gemm"):
+                return self.normed_out(self.experts(normed), self.mlp_out_norm)
+        assert products.gate_up is not None
+        assert products.down is not None
+        taken = products.gate_up.normed(x, self.mlp_norm, delta)
+        with part(timer, "gemm"):
+            gate_up = products.gate_up(taken)
+        gated = products.down.gated(gate_up, self.activation)
+        del taken, gate_up
+        with part(timer, "gemm"):
+            out = products.down(gated)
+        return self.normed_out(out, self.mlp_out_norm)
+
     @staticmethod
     def normed_out(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         """The norm of an output [M, H] before it is added; x itself without one."""
@@ -127,6 +149,15 @@ class LayerWeights:
     def many(self, gemm: Gemm) -> Products:
         """For a prefill: int4 weights expanded to e4m3 ("fp8") or to the activation dtype."""
         return Products(*(_joined(group, gemm) for group in self._groups))
+
+
+def rows_normed(x: torch.Tensor, norm: Norm | None, delta: torch.Tensor | None = None) -> torch.Tensor:
+    """Norm of x [M, H], after x += delta in place; x itself without a norm."""
+    if norm is not None:
+        return rms_norm(x, *norm, delta=delta)
+    if delta is not None:
+        x += delta
+    return x
 
 
 def _norm(module: nn.Module) -> Norm | None:

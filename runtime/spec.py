@@ -52,6 +52,11 @@ class ModelSpec:
     windowed: tuple[int, ...] = ()  # numbers of the layers with the window
     unrotated: tuple[int, ...] = ()
     local_rope: RopeSpec | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0  # inner width of one
+    weights_sum_to_one: bool = True  # those of a token's experts
+    routed: tuple[int, ...] = ()  # numbers of the layers with experts; the others have an MLP
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ModelSpec:
@@ -105,6 +110,7 @@ class ModelSpec:
             windowed=windowed,
             unrotated=unrotated,
             local_rope=local_rope if windowed else None,
+            **_experts(family, values, layers),
         )
         if spec.num_heads % spec.num_kv_heads:
             raise UserError(
@@ -163,6 +169,7 @@ class ModelSpec:
             f"scores scaled by {self.query_gain:g} more": self.query_gain != 1,
             f"embeddings scaled by {self.embed_scale:g}": self.embed_scale != 1,
             f"{self.activation} in the MLP": self.activation != "silu",
+            f"{self.num_experts} experts in {len(self.routed)} of {self.num_layers} layers": bool(self.routed),
         }
         return tuple(text for text, present in found.items() if present)
 
@@ -174,18 +181,20 @@ class ModelSpec:
         if self.qk_norm:
             attention += self.q_size + self.kv_size if self.qk_norm_whole else 2 * self.head_dim
         mlp = 3 * h * m + (2 * m + h if self.mlp_bias else 0)
+        experts = h * self.num_experts + 3 * h * self.expert_size * self.num_experts
         norms = 2 * h * (self.pre_norms + self.post_norms)
         embeddings = self.vocab_size * h * (1 if self.tied_head else 2)
-        return self.num_layers * (attention + mlp + norms) + h + embeddings
+        mlps = len(self.routed) * experts + (self.num_layers - len(self.routed)) * mlp
+        return self.num_layers * (attention + norms) + mlps + h + embeddings
 
 
 def _windowed(family: Family, values: dict[str, Any], layers: int, unrotated: tuple[int, ...]) -> tuple[int, ...]:
     """Numbers of the layers with a sliding window."""
     if family.windows == "none":
         return ()
-    if family.windows == "all":
-        return tuple(range(layers)) if values["sliding_window"] is not None else ()
     switched_off = not values.get("use_sliding_window", True) or values["sliding_window"] is None
+    if family.windows == "all":
+        return () if switched_off else tuple(range(layers))
     if (types := values["layer_types"]) is not None:
         if not isinstance(types, list) or len(types) != layers or any(kind not in _TYPES for kind in types):
             raise UserError(
@@ -206,6 +215,28 @@ def _windowed(family: Family, values: dict[str, Any], layers: int, unrotated: tu
         return tuple(range(values["max_window_layers"], layers))
     period = values.get("sliding_window_pattern") or family.pattern
     return tuple(number for number in range(layers) if (number + 1) % period)
+
+
+def _experts(family: Family, values: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The fields of `ModelSpec` about experts."""
+    if not family.experts:
+        return {}
+    given = [key for key in family.experts if values[key] is not None] or [family.experts[0]]
+    count, per_token = _positive(values, given[0]), _positive(values, "num_experts_per_tok")
+    if values[given[-1]] != count:
+        raise UserError(f"config.json: {given[0]} is {count} but {given[-1]} is {values[given[-1]]!r}; correct one")
+    if per_token > count:
+        raise UserError(f"config.json: num_experts_per_tok is {per_token} of {count} experts; one of them is wrong")
+    step, dense = values.get("decoder_sparse_step", 1), values.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not isinstance(step, int) or step < 1:
+        raise UserError(f"config.json: decoder_sparse_step is {step!r}, mlp_only_layers {dense!r}; correct them")
+    return {
+        "num_experts": count,
+        "experts_per_token": per_token,
+        "expert_size": _positive(values, family.expert_size),
+        "weights_sum_to_one": bool(values.get("norm_topk_prob", True)),
+        "routed": tuple(n for n in range(layers) if n not in dense and (n + 1) % step == 0),
+    }
 
 
 def _unrotated(values: dict[str, Any], layers: int) -> tuple[int, ...]:

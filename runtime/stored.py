@@ -45,7 +45,10 @@ class _Layout:
             "mlp.gate_proj": spec.intermediate_size,
             "mlp.up_proj": spec.intermediate_size,
         }
-        self.places = {part: _Place(stored) for part, stored in family.names.items()}
+        self.places = {}
+        for part, stored in family.names.items():
+            for number in range(spec.num_experts) if "*" in part else (0,):
+                self.places[part.replace("*", str(number))] = _Place(stored.replace("*", str(number)))
         self.joined: Mapping[str, tuple[str, ...]] = family.fused
         for whole, parts in family.fused.items():
             begin = 0
@@ -137,6 +140,11 @@ def as_stored(
             yield stored, _shape(parts) if name.endswith(".weight_shape") else torch.cat(parts)
             del waiting[stored]
     assert not waiting, f"parts are missing of {', '.join(waiting)}"
+
+
+def router_name(config: Mapping[str, Any]) -> str:
+    """A pattern for the modules that choose experts, as checkpoints of the family of `config` call them."""
+    return re.escape(family_of(config).names.get("mlp.gate", "mlp.gate"))
 
 
 def _shape(parts: list[torch.Tensor]) -> torch.Tensor:

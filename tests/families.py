@@ -77,6 +77,18 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3-biases": ("qwen3", {"head_dim": 32, "attention_bias": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 32,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
     "phi4": ("phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 64}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),

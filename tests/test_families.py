@@ -6,23 +6,28 @@ And the other way round: a config.json that means something else to transformers
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from families import ROWS, TOKENS, Written, written
+from safetensors.torch import save_file
 
+from lcconvert.convert.export_weights import ExportWeights
 from lcconvert.convert.extend import ExtendConfig, extend
 from lcconvert.convert.prefix_tuning import hidden_after, read_prefix
 from lcconvert.convert.quantize import quantize
 from lcconvert.convert.quantize_config import QuantizeConfig
 from lcconvert.runtime.engine import Engine
 from lcconvert.runtime.errors import UserError
-from lcconvert.runtime.model import load_decoder
+from lcconvert.runtime.model import Decoder, load_decoder
 from lcconvert.runtime.sidecar import AttentionPolicy
 from lcconvert.runtime.source import FolderSource
 from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.stored import as_stored
 
 
 @pytest.fixture(params=ROWS)
@@ -38,6 +43,29 @@ def worst(engine: Engine, ids: list[int], theirs: torch.Tensor) -> float:
     found.append(engine.logits(engine.prefill(seq, ids[300:380], want="all")) - theirs[300:380])
     found += [engine.decode(seq, ids[at]) - theirs[at] for at in range(380, TOKENS)]
     return max(float(difference.abs().max()) for difference in found)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def _expanded(folder: Path, out: Path) -> Path:
+    """The artifact in `folder` with plain float32 weights, in its family's layout."""
+    weights = ExportWeights(FolderSource(folder))
+    with torch.device("meta"):
+        modules = dict(Decoder(weights.spec).named_modules())
+    tensors = {}
+    for name, module in modules.items():
+        for leaf, _ in module.named_parameters(recurse=False):
+            linear = isinstance(module, torch.nn.Linear) and leaf == "weight"
+            tensors[f"{name}.{leaf}"] = weights.dense(name) if linear else weights.plain(f"{name}.{leaf}")
+    out.mkdir()
+    config = {key: value for key, value in weights.source.config.items() if key != "quantization_config"}
+    (out / "config.json").write_text(json.dumps(config))
+    stored = {name: tensor.float().contiguous() for name, tensor in as_stored(config, weights.spec, tensors.items())}
+    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 def _read(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
@@ -66,10 +94,14 @@ def test_16_bit_is_as_close_as_transformers(model: Written, tmp_path: Path) -> N
 
 
 def test_flash(model: Written, tmp_path: Path) -> None:
-    """transformers reads the artifact through compressed-tensors, expands it and gets the same logits."""
+    """transformers reads the artifact through compressed-tensors, expands it and gets the same logits.
+
+    It does not read packed experts, so those are expanded here.
+    """
     config = QuantizeConfig(samples=0, kv="bf16", attention="dense")
     out = quantize(str(model.folder), tmp_path / "out", config)
-    theirs = _read(out, torch.float32)(torch.tensor([model.ids])).logits[0]
+    readable = _expanded(out, tmp_path / "expanded") if ModelSpec.from_config(_config(out)).routed else out
+    theirs = _read(readable, torch.float32)(torch.tensor([model.ids])).logits[0]
     assert worst(Engine.load(FolderSource(out), device="cpu"), model.ids, theirs) <= 1e-4
 
 
@@ -122,3 +154,16 @@ def test_training_computes_the_same(row: str, families_root: Path) -> None:
     with torch.no_grad():
         after = hidden_after(decoder, prefix, ids[:, 300:])
     torch.testing.assert_close(after, plain[:, 300:], atol=1e-4, rtol=1e-4)
+
+
+def test_experts_are_calibrated_on_their_tokens(families_root: Path, tmp_path: Path) -> None:
+    model = written("qwen3-moe", families_root)
+    config = QuantizeConfig(samples=2, length=256)
+    artifact = FolderSource(quantize(str(model.folder), tmp_path / "out", config))
+    rows = json.loads((artifact.path / "quantization.json").read_text())["linear_layers"]
+    tokens = [row["tokens"] for row in rows if row["name"].endswith("gate_proj") and "experts" in row["name"]]
+    assert len(tokens) == 6
+    assert sum(tokens) == 3 * 2 * 256  # each token is shown to its three experts
+    assert all(row["method"] == "gptq" for row in rows if row.get("tokens"))
+    engine = Engine.load(artifact, device="cpu")
+    assert torch.isfinite(engine.prefill(engine.new_sequence(), model.ids)).all()
