@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcconvert.runtime.errors import UserError
-
-_BROKEN = "\u200b"  # zero-width space
+from lcconvert.runtime.packed import file_part
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,7 @@ def pack_folder(folder: Path, *, exclude: tuple[str, ...] = (), control_tokens: 
         if isinstance(text, _Skip):
             skipped.append((path, text.why))
             continue
-        part = f"===== {path} =====\n{text.rstrip()}\n\n"
-        for token in control_tokens:
-            part = part.replace(token, token[:1] + _BROKEN + token[1:])
-        parts.append((path, part))
+        parts.append((path, file_part(path, text, control_tokens)))
     if not parts:
         raise UserError(f"{folder} holds no text files that git would not ignore; give another folder")
     return Pack(parts, skipped)

@@ -1,4 +1,4 @@
-"""The HTTP application of one engine: OpenAI's chat and completion endpoints, `/health`, `/metrics`.
+"""The HTTP application of one engine: OpenAI's chat and completion endpoints, `/health`, `/metrics`, a page.
 
 The event loop only parses, queues and forwards; the worker thread runs the model and other processes tokenize, so the
 cheap endpoints answer at any moment. A stream that has nothing to say for a while sends an SSE comment, which clients
@@ -23,9 +23,10 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from lcconvert.runtime import packed
 from lcconvert.runtime.bodies import (
     ChatAnswer,
     CompletionAnswer,
@@ -55,6 +56,7 @@ from lcconvert.runtime.texts import Texts
 from lcconvert.runtime.tool_calls import ToolCallReader
 from lcconvert.runtime.transport import CountRequests, EventStream, as_api_error, respond_to_error, sse
 from lcconvert.runtime.units import format_bytes
+from lcconvert.runtime.web import page_routes
 from lcconvert.runtime.worker import ClientLeft, Job, Progress, Rejected, TimedOut, Worker
 
 if TYPE_CHECKING:
@@ -62,9 +64,9 @@ if TYPE_CHECKING:
     from lcconvert.runtime.tokenizer import Tokenizer
 
 KEEP_ALIVE = 10.0  # seconds of silence before a stream sends a comment
+_MOST_BODY = 2**28  # bytes, whatever context an artifact claims to have
 _BODY_SECONDS = 120.0  # a client has to send its request
 _T = TypeVar("_T")
-_MOST_BODY = 2**28  # bytes, whatever context an artifact claims to have
 _Asked = TypeVar("_Asked", ChatRequest, CompletionRequest, TokenizeRequest)
 
 
@@ -111,13 +113,22 @@ class _Api:
 
     # Endpoints
 
-    async def index(self, request: Request) -> Response:
-        lines = [
-            f"lcconvert serves {self.model_name}, {self.engine.max_context} tokens of context.", "",
-            "POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/sessions",
-            "POST /tokenize   GET /health   GET /metrics   GET /openapi.json",
-        ]  # fmt: skip
-        return PlainTextResponse("\n".join(lines) + "\n")
+    def about(self) -> dict[str, Any]:
+        """What the page has to know."""
+        engine = self.engine
+        return {
+            "model": self.model_name,
+            "max_context": engine.max_context,
+            "max_body": self._max_body,
+            "chat": self.tokenizer.has_chat_template,
+            "sessions": self.session_folder is not None,
+            "key": self._key is not None,
+            "kv_scheme": engine.kv.scheme,
+            "context_bytes": round(engine.max_context * engine.kv_bytes_per_token()),
+            "weights_bytes": engine.memory()["weights"],
+            "control_tokens": self.tokenizer.control_tokens,
+            **packed.WORDING,
+        }
 
     async def health(self, request: Request) -> Response:
         state = self.worker.state()
@@ -173,7 +184,9 @@ class _Api:
         else:
             text = asked.prompt or ""
             ids = await self._in_thread(lambda: self.texts.encode(text))
-        body = {"count": len(ids), "max_model_len": self.engine.max_context, **self._memory(len(ids)), "tokens": ids}
+        body: dict[str, Any] = {"count": len(ids), "max_model_len": self.engine.max_context, **self._memory(len(ids))}
+        if asked.return_tokens is not False:
+            body["tokens"] = ids
         return Response(await self._in_thread(lambda: json.dumps(body)), media_type="application/json")
 
     async def sessions(self, request: Request) -> Response:
@@ -363,7 +376,8 @@ class _Api:
                 if event is None:
                     yield ": waiting\n\n"
                 elif isinstance(event, Progress):
-                    report = {"done": event.done, "total": event.total}
+                    read = {"prompt_tokens": len(job.ids), "cached_tokens": job.cached}
+                    report = {"done": event.done, "total": event.total, **read}
                     yield sse(answer.notice(lcconvert_progress=report, **extra))
                 else:
                     if count == 0 and (opening := answer.opening()) is not None:
@@ -422,7 +436,7 @@ def make_app(
     """
     api = _Api(engine, model_name, api_key, keep_alive, prefix_cache, sessions, texts)
     routes = [
-        Route("/", api.index),
+        *page_routes(api.about()),
         Route("/health", api.health),
         Route("/metrics", api.show_metrics),
         Route("/v1/models", api.models),

@@ -68,7 +68,7 @@ def document(model_name: str) -> dict[str, Any]:
     paths = {
         "/v1/chat/completions": {"post": _asks("Answer a conversation", ChatRequest, "choices", streams=True)},
         "/v1/completions": {"post": _asks("Continue a text", CompletionRequest, "choices", streams=True)},
-        "/tokenize": {"post": _asks("The tokens of a prompt", TokenizeRequest, "count", "tokens", "needed_bytes")},
+        "/tokenize": {"post": _asks("The tokens of a prompt", TokenizeRequest, "count", "needed_bytes")},
         "/v1/models": {"get": _does("The served model, in a list", "data")},
         "/v1/models/{name}": {
             "get": _does("The served model", "id", "max_model_len", refusals=["404"]),

@@ -306,9 +306,10 @@ class CompletionRequest(_Generation):
 
 
 class TokenizeRequest(_Strict):
-    """A text or messages; which tokens they become as a prompt."""
+    """A text or messages; which tokens they become as a prompt. `return_tokens` false: only how many."""
 
     model: str | None = None
+    return_tokens: bool | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=_MOST_MESSAGES)
     tools: list[Tool] | None = Field(None, max_length=128)

@@ -41,7 +41,8 @@ def test_wheel_lists_every_folder() -> None:
     }
     assert set(settings["packages"]) == {f"lcconvert.{name}" for name in folders}
     for name in folders:
-        nested = [p for p in (ROOT / name).iterdir() if p.is_dir() and p.name != "__pycache__"]
+        data = {pattern.removesuffix("/*") for pattern in settings["package-data"].get(f"lcconvert.{name}", [])}
+        nested = [p for p in (ROOT / name).iterdir() if p.is_dir() and p.name not in {"__pycache__", *data}]
         assert not nested, f"{nested[0]} would be left out of the wheel"
 
 
