@@ -14,7 +14,7 @@ import contextlib
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lcconvert.runtime import packed
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE = 10.0  # seconds of silence before a stream sends a comment
 _MOST_BODY = 2**28  # bytes, whatever context an artifact claims to have
+_IDS_A_PART = 2**15  # token ids of a long list that are written out at once
 _BODY_SECONDS = 120.0  # a client has to send its request
 _T = TypeVar("_T")
 _Asked = TypeVar("_Asked", ChatRequest, CompletionRequest, TokenizeRequest)
@@ -185,9 +186,16 @@ class _Api:
             text = asked.prompt or ""
             ids = await self._in_thread(lambda: self.texts.encode(text))
         body: dict[str, Any] = {"count": len(ids), "max_model_len": self.engine.max_context, **self._memory(len(ids))}
-        if asked.return_tokens is not False:
-            body["tokens"] = ids
-        return Response(await self._in_thread(lambda: json.dumps(body)), media_type="application/json")
+        if asked.return_tokens is False:
+            return JSONResponse(body)
+        head = json.dumps(body)[:-1]
+
+        def parts() -> Iterator[str]:  # some at a time, because a million at once would keep the event loop waiting
+            for first in range(0, max(len(ids), 1), _IDS_A_PART):
+                yield (", " if first else head + ', "tokens": [') + json.dumps(ids[first : first + _IDS_A_PART])[1:-1]
+            yield "]}"
+
+        return StreamingResponse(parts(), media_type="application/json")
 
     async def sessions(self, request: Request) -> Response:
         self._authorize(request)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from lcconvert.kernels.rotary import rotary
@@ -71,13 +72,14 @@ def run_prefill(
     """Runs `staged.new_ids` after what `seq` holds; writes K and V of every layer to `staged`.
 
     Returns the last layer's output, before the final norm: [T, H] with `want_all`, else the last row [1, H].
-    Raises Cancelled between layers.
+    Raises Cancelled between layers, and between the chunks of one.
     """
     spec, pool = setup.model.spec, setup.pool
     start, total = seq.length, staged.total
     chunks = chunks_of(start, total, setup.chunk)
     spans = [(begin - start, end - start) for begin, end in chunks]  # rows of the new tokens
-    ids = torch.tensor(staged.new_ids, device=pool.device)
+    # by numpy, because torch.tensor of a million-element list keeps other threads out for a quarter of a second
+    ids = torch.from_numpy(np.array(staged.new_ids, np.int64)).to(pool.device)
     hidden = HiddenStates(
         total - start, spec.hidden_size, dtype=pool.dtype, device=pool.device, chunk=setup.chunk,
         offload=setup.offload and not want_all, timer=timer,
@@ -86,12 +88,16 @@ def run_prefill(
     tables = _tables(setup.model, start, total, pool.device)
     k = torch.empty(total, spec.num_kv_heads, spec.head_dim, dtype=pool.dtype, device=pool.device)
     v = torch.empty_like(k)
-    layer_pass = _LayerPass(setup, hidden, tables, k, v, start, timer)
+
+    def check() -> None:
+        if cancelled is not None and cancelled():
+            raise Cancelled(f"stopped after {number} of {len(setup.layers)} layers")
+
+    layer_pass = _LayerPass(setup, hidden, tables, k, v, start, timer, check)
     last = len(setup.layers) - 1
     try:
         for number in range(len(setup.layers)):
-            if cancelled is not None and cancelled():
-                raise Cancelled(f"stopped after {number} of {len(setup.layers)} layers")
+            check()
             with part(timer, "quantize"):
                 pool.read_prefix(seq, number, k, v)
             with part(timer, "gemm"):
@@ -124,6 +130,7 @@ class _LayerPass:
     v: torch.Tensor
     start: int  # cached tokens before the prompt
     timer: PartTimer | None
+    check: Callable[[], None]  # raises when the prefill is cancelled
 
     def keys_and_values(self, number: int, products: Products, spans: list[Chunk]) -> None:
         layer, spec = self.setup.layers[number], self.setup.model.spec
@@ -145,6 +152,7 @@ class _LayerPass:
             with part(self.timer, "selection"):
                 pooled = pool_keys(self.k, self.setup.policy.pool)
         for begin, end, x in self.hidden.chunks(spans, write=True):
+            self.check()
             self._finish(number, products, x, begin, end, pooled)
 
     def last_row(self, number: int, products: Products) -> torch.Tensor:

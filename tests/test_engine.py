@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,10 @@ def test_cancelled_prefill_leaves_the_sequence_as_it_was(folder: Path) -> None:
             engine.prefill(seq, IDS[333:900], progress=lambda done, _: seen.append(done), cancelled=lambda: bool(seen))
         seen.clear()
         unused = unused or len(engine.pool.unused)
+    engine.chunk, asked = 128, itertools.count()
+    with pytest.raises(Cancelled):  # among the five chunks of the first layer
+        engine.prefill(seq, IDS[333:900], progress=lambda done, _: seen.append(done), cancelled=lambda: next(asked) > 3)
+    assert not seen
     assert len(engine.pool.unused) == unused
     assert seq.length == 333
     assert torch.equal(engine.prefill(seq, IDS[333:500]), engine.prefill(plain, IDS[333:500]))

@@ -178,7 +178,8 @@ def test_tools_their_calls_and_their_answers_reach_the_template(url, engine) -> 
     assert none["usage"]["prompt_tokens"] == len("user: Hello\n")
 
 
-def test_tokens_of_a_text_and_the_memory_they_take(url, engine) -> None:
+def test_tokens_of_a_text_and_the_memory_they_take(url, engine, monkeypatch) -> None:
+    monkeypatch.setattr("lcconvert.runtime.api._IDS_A_PART", 3)
     reply = httpx.post(f"{url}/tokenize", json={"prompt": "Grüße"}).json()
     assert reply["tokens"] == engine.tokenizer.encode("Grüße", add_special=True)
     assert reply["max_model_len"] == CONTEXT
