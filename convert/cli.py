@@ -65,7 +65,8 @@ def main() -> NoReturn:
         code = 2
     except (UserError, CheckFailed) as error:
         code = 2 if isinstance(error, UserError) else 1
-        _report(str(error))
+        if _first_process():  # all of them found the same
+            _report(str(error))
     except (click.Abort, KeyboardInterrupt) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error
         _report(str(cause or "") or "interrupted; nothing was written")
@@ -77,6 +78,11 @@ def main() -> NoReturn:
         _report(f"unexpected {type(error).__name__}: {error}; run `lcconvert --debug ...` for the traceback")
         code = 1
     sys.exit(code)
+
+
+def _first_process() -> bool:
+    """Of those that a launcher started; true without one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _report(message: str) -> None:
@@ -143,10 +149,18 @@ def inspect_command(src: str, context: int | None, gpu: int, verifying: bool, as
 @click.option("--max-time", help="Shorten the training to this on an H100, such as 20m.")
 @click.option("--dry-run", is_flag=True, help="Only print the plan: RoPE, seconds and peak memory of every stage.")
 @click.option("--card", default="h100", show_default=True, help="--dry-run: the GPU to plan for.")
+@click.option("--cards", type=click.IntRange(1), default=1, show_default=True, help="--dry-run: how many of them.")
 @click.option("--dtype", help="float32 or bfloat16 forward pass.")
 @device_option
-def extend_command(src: str, out: Path, recipe: str | None, dry_run: bool, card: str, **options: Any) -> None:
-    """Extend the context by position interpolation and fine-tuning; the same command resumes a stopped run."""
+def extend_command(
+    src: str, out: Path, recipe: str | None, dry_run: bool, card: str, cards: int, **options: Any
+) -> None:
+    """Extend the context by position interpolation and fine-tuning; the same command resumes a stopped run.
+
+    Several GPUs share each step, by rows and then within sequences, and the rows are the same whatever their number:
+    `accelerate launch --num_processes 8 --no_python lcconvert extend ...`. With `--use_fsdp --fsdp_version 2` before
+    `--no_python` the weights are sharded as well.
+    """
     _one_arena()
     from lcconvert.convert.extend_config import ExtendConfig
     from lcconvert.convert.settings import make_config
@@ -160,9 +174,11 @@ def extend_command(src: str, out: Path, recipe: str | None, dry_run: bool, card:
     from lcconvert.convert import extend
 
     if dry_run:
-        click.echo(extend.dry_run(src, config, card))
+        click.echo(extend.dry_run(src, config, card, cards))
     else:
-        click.echo(f"wrote {extend.extend(src, out, config)}")
+        written = extend.extend(src, out, config)
+        if _first_process():
+            click.echo(f"wrote {written}")
 
 
 @cli.command("quantize", cls=Verb, example="quantize long -o flash --variant flash")
@@ -184,13 +200,30 @@ def extend_command(src: str, out: Path, recipe: str | None, dry_run: bool, card:
 @click.option(
     "--gate", type=SIZE, multiple=True, help="Measure the loss on so many tokens; over the variant's bars it exits 1."
 )
+@click.option("--reduce", type=float, help="First take out this share of the layers and heal the rest, e.g. 0.2.")
+@click.option("--heal-data", multiple=True, help="--reduce: text to heal on; file, folder or module:NAME.")
+@click.option("--heal-time", help="--reduce: how long healing may take on a GPU; default: 10m.")
 @click.option("--seed", type=int)
 @device_option
-def quantize_command(src: str, out: Path, gate: tuple[int, ...], **options: Any) -> None:
+def quantize_command(
+    src: str,
+    out: Path,
+    gate: tuple[int, ...],
+    reduce: float | None,
+    heal_data: tuple[str, ...],
+    heal_time: str | None,
+    **options: Any,
+) -> None:
     """Quantize a 16-bit checkpoint into the flash or the pro variant."""
     from lcconvert.convert.quantize_config import USUAL_GATES, QuantizeConfig
+    from lcconvert.convert.reduce_config import ReduceConfig
     from lcconvert.convert.settings import make_config
 
+    if reduce is not None:
+        healing = {"share": reduce, "data": heal_data, "max_time": heal_time}
+        options["reduce"] = make_config(ReduceConfig, healing, "quantize --reduce")
+    elif heal_data or heal_time:
+        raise UserError("--heal-data and --heal-time belong to --reduce; give it too, or leave them out")
     config = make_config(QuantizeConfig, options, "quantize")
     if gate:
         bars = USUAL_GATES[config.variant].model_dump() | {"lengths": gate}

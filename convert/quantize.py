@@ -26,8 +26,10 @@ from lcconvert.convert.gate import check_lengths, measure_loss, missed
 from lcconvert.convert.progress import progress
 from lcconvert.convert.provenance import made_with, named_source, origin, public_name
 from lcconvert.convert.quantize_config import QuantizeConfig
+from lcconvert.convert.reduce_config import ReduceConfig
 from lcconvert.convert.round_layer import Groups, Rounding, round_layer
 from lcconvert.convert.round_to_nearest import FP8
+from lcconvert.convert.sensitivity import Part, sensitivities, within_budget
 from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
 from lcconvert.runtime import sidecar as sidecars
 from lcconvert.runtime.errors import CheckFailed, UserError
@@ -35,7 +37,7 @@ from lcconvert.runtime.kv_cache import read_scales
 from lcconvert.runtime.linear import LinearFormat, QuantLayout, matches
 from lcconvert.runtime.model import Decoder, check_finite
 from lcconvert.runtime.sidecar import AttentionPolicy, KVConfig, Sidecar
-from lcconvert.runtime.source import TensorSource
+from lcconvert.runtime.source import FolderSource, TensorSource
 from lcconvert.runtime.spec import ModelSpec
 from lcconvert.runtime.stored import as_stored, decoder_source
 from lcconvert.runtime.tokenizer import Tokenizer
@@ -51,6 +53,8 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
     does not divide, too little calibration text. CheckFailed: what was written does not read back, or misses
     a bar of the gate.
     """
+    if config.reduce is not None:
+        src, config = _reduced(src, out, config, config.reduce), config.model_copy(update={"reduce": None})
     original = source = open_checkpoint(src)
     plan = make_plan(source, config)
     plan, parts = _within_budget(source, plan, config)
@@ -84,6 +88,24 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
     if config.gate is not None and (bars := missed(config.gate, summary["loss"])):
         raise CheckFailed(f"{'; '.join(bars)}; {_costliest(source, plan, parts, summary)}; the artifact is in {out}")
     return out
+
+
+def _reduced(src: str, out: Path, config: QuantizeConfig, wanted: ReduceConfig) -> str:
+    """The folder of `src` with fewer layers, beside `out`; made unless an earlier attempt has made it."""
+    from lcconvert.convert.reduce import reduce_depth  # trains, which takes seconds to import
+
+    folder = out.with_name(f"{out.name}-reduced")
+    if not folder.exists():
+        return str(reduce_depth(src, folder, wanted, _device(config)))
+    step = Sidecar.read(FolderSource(folder)).provenance.get("reduce", {})
+    settings = wanted.model_dump(mode="json") | {"data": [*map(public_name, wanted.data)]}
+    if (step.get("config"), step.get("from")) != (settings, public_name(src)):
+        raise UserError(f"{folder} was not made from {src} with these settings; remove it or choose another output")
+    return str(folder)
+
+
+def _device(config: QuantizeConfig) -> torch.device:
+    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _within_budget(source: TensorSource, plan: Plan, config: QuantizeConfig) -> tuple[Plan, list[Part]]:
@@ -186,7 +208,7 @@ def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
         attention=AttentionPolicy.model_validate({"kind": config.attention_kind}),
         inherited=Sidecar.read(source),
         windows=windows,
-        device=torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=_device(config),
     )
 
 

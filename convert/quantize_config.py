@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from lcconvert.convert.reduce_config import ReduceConfig
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.units import parse_count
 
@@ -38,8 +39,8 @@ class Gate(BaseModel):
 
 # What the variants are held to where nothing else is said.
 USUAL_GATES = {
-    "pro": Gate(ppl_max_increase=0.01, kl_max=0.01),
-    "flash": Gate(ppl_max_increase=0.09, kv_kl_max=0.02),
+    "pro": Gate.model_validate({"ppl_max_increase": 0.01, "kl_max": 0.01}),
+    "flash": Gate.model_validate({"ppl_max_increase": 0.09, "kv_kl_max": 0.02}),
 }
 
 
@@ -56,6 +57,8 @@ class QuantizeConfig(BaseModel):
     ignore: linear layers left in 16 bit, by name or `re:` pattern; embeddings and head always are.
     wide: linear layers of flash stored in fp8 instead of int4, likewise. Engines that fuse q, k and v, or gate and up,
     want such neighbours in one format.
+    reduce: first take out layers and heal what is left; the 16-bit result is kept beside the artifact, as NAME-reduced,
+    and is what the gate compares with.
     gate: measure the loss against the source when all is written; a missed bar is an error that leaves the artifact.
     bits_per_weight: flash: the mean over the linear layers that are quantized, scales included, up to which the parts
     that lose most are stored in fp8 too; None adds none to `wide`. Measured on calibration text.
@@ -76,6 +79,7 @@ class QuantizeConfig(BaseModel):
     ignore: tuple[str, ...] = ()
     wide: tuple[str, ...] = ()
     bits_per_weight: float | None = Field(None, gt=4.0, lt=8.0)
+    reduce: ReduceConfig | None = None
     gate: Gate | None = None
     seed: int = Field(0, ge=0)
     device: str | None = None

@@ -10,7 +10,6 @@ Left out: pairs. Losses of parts are taken to add up, which holds while they are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +27,7 @@ from lcconvert.runtime.model import Layer, RMSNorm, layer_tables, read_tensor, s
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
 
-_WINDOWS, _LENGTH = 2, 512  # of the calibration tokens, what is enough to tell parts apart
+_WINDOWS, _LENGTH = 2, 256  # of the calibration tokens, what is enough to tell parts apart
 _ROWS = 8  # copies that pass a layer at a time
 _SCALE_BITS = 16
 Tables = tuple[torch.Tensor, torch.Tensor]
@@ -88,7 +87,7 @@ def sensitivities(
                     found.append((tuple(dict.fromkeys(full)), form, weights[0].shape[1], sum(map(len, weights))))
             copies, x = torch.cat(moved), after
             bar.advance()
-    losses = _divergences(source, spec, x, copies)
+    losses = divergences(source, spec, x, copies)
     return [Part(*part, kl) for part, kl in zip(found, losses, strict=True)]
 
 
@@ -127,8 +126,13 @@ def _changed(
     return after
 
 
-def _divergences(source: TensorSource, spec: ModelSpec, x: torch.Tensor, copies: torch.Tensor) -> Iterator[float]:
-    """KL of each group of len(x) copies [P * S, T, H] from x [S, T, H], mean nats a token."""
+def divergences(
+    source: TensorSource, spec: ModelSpec, x: torch.Tensor, copies: torch.Tensor, weights: torch.Tensor | None = None
+) -> list[float]:
+    """KL of each group of len(x) copies [P * S, T, H] from x [S, T, H], mean nats a token.
+
+    weights: float32 [S, T], of the states, with a sum of 1 in every row; None weighs all alike.
+    """
     norm = RMSNorm(spec.hidden_size, spec.rms_eps, spec.norm_shift)
     size = torch.Size([spec.vocab_size, spec.hidden_size])
     norm.weight = nn.Parameter(read_tensor(source, "model.norm.weight", norm.weight.shape).to(x.device, x.dtype))
@@ -138,13 +142,17 @@ def _divergences(source: TensorSource, spec: ModelSpec, x: torch.Tensor, copies:
     def log_probs(hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(norm(hidden), head).float().log_softmax(-1)
 
+    if weights is None:
+        weights = torch.full(x.shape[:2], 1 / x.shape[1], device=x.device)
     totals = torch.zeros(len(copies) // len(x), dtype=torch.float64)
     for sample in range(len(x)):
-        wanted = log_probs(x[sample])
+        rows = weights[sample].nonzero()[:, 0]
+        wanted = log_probs(x[sample, rows])
         for part in range(len(totals)):
-            found = log_probs(copies[part * len(x) + sample])
-            totals[part] += float(F.kl_div(found, wanted, reduction="sum", log_target=True))
-    return (max(total, 0.0) for total in (totals / (x.shape[0] * x.shape[1])).tolist())
+            found = log_probs(copies[part * len(x) + sample, rows])
+            kl = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+            totals[part] += float(kl @ weights[sample, rows]) / len(x)
+    return [max(total, 0.0) for total in totals.tolist()]
 
 
 def within_budget(parts: list[Part], bits_per_weight: float) -> list[Part]:
