@@ -13,6 +13,7 @@ from typing import Any
 from lcconvert.convert.checkpoint import hub_folder, is_hub_id, open_checkpoint
 from lcconvert.convert.hashing import verify_files
 from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.paths import plain_parts
 from lcconvert.runtime.plan import PARTS, VARIANTS, kv_bytes_per_token, longest_context, plan_variant
 from lcconvert.runtime.rope import inv_freq
 from lcconvert.runtime.sidecar import Sidecar
@@ -50,8 +51,10 @@ def inspect(src: str, *, context: int | None = None, gpu_bytes: int = 80 * 10**9
             "factor": spec.rope.factor,
             "original_context": spec.rope.original_max_position,
             "attention_scale": scale,
-            "longest_wavelength": round(2 * math.pi / float(freq.min())),
+            "longest_wavelength": round(2 * math.pi / float(freq[freq > 0].min())),
         },
+        "beyond_llama": list(spec.beyond_plain),
+        "without_kernel": plain_parts(spec),
         "kv_bytes_per_token": {s: kv_bytes_per_token(spec, s) for s in ("bf16", "fp8", "int4", "k8v4")},
         "plan_context": context,
         "plans": {v: p.as_dict() for v, p in plans.items()},
@@ -86,7 +89,9 @@ def find_faults(source: TensorSource, spec: ModelSpec) -> list[str]:
             faults.append(f"tokenizer_config.json: model_max_length {limit} is below the context {spec.max_position}")
         if "chat_template.jinja" not in source.files and not settings.get("chat_template"):
             faults.append("no chat template: prompts are completed as plain text")
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    new, old = config.get("rope_parameters") or {}, config.get("rope_theta")
+    new = new.get("full_attention", new)  # of layers that see everything, where others have their own
+    scaling = new or config.get("rope_scaling") or {}
     if rope.kind == "yarn":
         absent = [k for k in ("beta_fast", "beta_slow", "attention_factor") if scaling.get(k) is None]
         if absent:
@@ -96,11 +101,15 @@ def find_faults(source: TensorSource, spec: ModelSpec) -> list[str]:
         reach = round(rope.factor * rope.original_max_position)
         if reach != spec.max_position:
             faults.append(f"YaRN reaches {reach} tokens but max_position_embeddings is {spec.max_position}")
-    new, old = config.get("rope_parameters") or {}, config.get("rope_theta")
     if old is not None and new.get("rope_theta") not in (None, old):
         faults.append(f"rope_theta is {old} but rope_parameters.rope_theta is {new['rope_theta']}")
     if "generation_config.json" not in source.files and not spec.eos_ids:
         faults.append("no end-of-text token is named: answers run to the token limit")
+    if rope.kind == "longrope" and rope.short_factor not in (None, rope.long_factor):
+        original = rope.original_max_position
+        faults.append(
+            f"LongRoPE: texts up to {original} tokens are read with long_factor here, by others with short_factor"
+        )
     claim = Sidecar.read(source).context
     if claim.validated is not None and claim.validated < claim.configured:
         faults.append(
@@ -121,6 +130,8 @@ def render(report: dict[str, Any], gpu_bytes: int) -> str:
         f"  context {format_count(report['context'])}; RoPE {rope['kind']}, theta {rope['theta']:g}"
         + (f", factor {rope['factor']:g} over {rope['original_context']}" if rope["factor"] else "")
         + f", attention scale {rope['attention_scale']:.4g}, longest wavelength {rope['longest_wavelength']:,} tokens",
+        *(f"  has {', '.join(report['beyond_llama'])}" for _ in report["beyond_llama"][:1]),
+        *(f"  without a kernel: {text}" for text in report["without_kernel"]),
         "  KV bytes per token: " + ", ".join(f"{k} {v:,.0f}" for k, v in report["kv_bytes_per_token"].items()),
         f"  memory at {format_count(report['plan_context'])} tokens on {format_bytes(gpu_bytes)}:",
     ]

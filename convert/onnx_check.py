@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -23,8 +24,7 @@ from torch import nn
 from lcconvert.convert.onnx_data import ONNX_TYPES, read_back
 from lcconvert.kernels.int4 import dequantize_int4
 from lcconvert.runtime.errors import CheckFailed
-from lcconvert.runtime.model import Decoder, Layer
-from lcconvert.runtime.rope import cos_sin
+from lcconvert.runtime.model import Decoder, layer_tables
 from lcconvert.runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -88,13 +88,14 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def _reference(decoder: Decoder, ids: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """ids [1, S] after cache [2, layers, Hkv, P, D] -> logits [S, V] at positions P..P+S-1, and the longer cache."""
     new, past, spec = ids.shape[1], cache.shape[3], decoder.spec
-    cos, sin = cos_sin(spec.rope, spec.head_dim, torch.arange(past, past + new))
-    seen = torch.arange(past + new) <= torch.arange(past, past + new)[:, None]  # [S, P+S]
+    at, key = torch.arange(past, past + new), torch.arange(past + new)
+    tables = layer_tables(spec, at)
     grown = []
     with torch.inference_mode():
-        x = F.embedding(ids[0], decoder.model.embed_tokens.weight)  # [S, H]
-        for index, layer in enumerate(cast(list[Layer], decoder.model.layers)):
-            q, k, v = (t.transpose(0, 1) for t in layer.qkv(x, cos, sin))  # [heads, S, D]
+        x = decoder.embed(ids[0])  # [S, H]
+        for index, layer in enumerate(decoder.layers):
+            q, k, v = (t.transpose(0, 1) for t in layer.qkv(x, *tables[index]))  # [heads, S, D]
+            seen = (key <= at[:, None]) & (key > at[:, None] - (layer.window or past + new))  # [S, P+S]
             k, v = (torch.cat((c[index], t), dim=1) for c, t in zip(cache, (k, v)))
             grown.append(torch.stack((k, v)))
             attn = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, enable_gqa=True)[0]
@@ -117,10 +118,10 @@ def _run(session: onnxruntime.InferenceSession, ids: torch.Tensor, cache: torch.
 
 
 def _decoder_of(model_path: Path, spec: ModelSpec) -> Decoder:
-    """Our decoder with the float32 weights of the ONNX file; int4 codes are expanded."""
+    """Our decoder with the float32 weights of the ONNX file, whose norms hold their whole factor; int4 is expanded."""
     stored = {p.name: p for p in onnx.load(str(model_path), load_external_data=False).graph.initializer}
     with torch.device("meta"):
-        decoder = Decoder(spec)
+        decoder = Decoder(replace(spec, norm_shift=0.0, query_gain=1.0))
     for name in dict(decoder.named_parameters()):
         module, _, leaf = name.rpartition(".")
         if name in stored:

@@ -41,6 +41,7 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 _COMPARE_WEIGHTS = 10**9
 _RESERVED_CACHE_BYTES = 4 << 30
 _PROMPT_CHUNK = 512  # tokens
+_GENAI_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _SAMPLING = ("temperature", "top_k", "top_p")  # a repetition penalty would change greedy decoding too
 
 
@@ -48,11 +49,8 @@ def export_onnx(source: TensorSource, sidecar: Sidecar, out: Path, config: Expor
     """Writes and checks the folder `out`; what the comparison found is recorded in its lcconvert.json."""
     weights = ExportWeights(source)
     spec = weights.spec
-    if spec.beyond_plain:
-        raise UserError(
-            f"{source.name} has {', '.join(spec.beyond_plain)}, which the ONNX graph does not compute; "
-            "export it to safetensors"
-        )
+    if spec.routed:
+        raise UserError(f"{source.name} has experts, which the ONNX graph does not compute; export it to safetensors")
     rows = config.max_length or spec.max_position
     if rows > spec.max_position:
         raise UserError(
@@ -122,7 +120,8 @@ def genai_config(
             "present_value_names": "present.%d.value",
         },
     }
-    model = {"type": spec.family, "vocab_size": spec.vocab_size, "context_length": rows, **tokens, "decoder": decoder}
+    known = spec.family if spec.family in _GENAI_TYPES else "llama"  # a plain decoder to onnxruntime-genai
+    model = {"type": known, "vocab_size": spec.vocab_size, "context_length": rows, **tokens, "decoder": decoder}
     wanted = json.loads(files.get("generation_config.json", b"{}"))
     search = {
         "max_length": reserved_length(spec, rows, float_type.itemsize),

@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 
 from lcconvert.convert.export_weights import ExportWeights, Int4Weight
 from lcconvert.convert.onnx_data import ONNX_TYPES, ExternalData
-from lcconvert.runtime.rope import cos_sin
+from lcconvert.runtime.rope import RopeSpec, cos_sin
 from lcconvert.runtime.spec import ModelSpec
 
 OPSET = 23  # the first with RMSNormalization
@@ -59,6 +59,8 @@ def decoder_graph(
     embedding = graph.initializer("model.embed_tokens.weight")
     x = graph.node("Gather", [embedding, "input_ids"], "embed_tokens")  # [B, S, H]
     x = graph.node("Reshape", [x, graph.constant("rows_hidden", [-1, spec.hidden_size])], "hidden")  # [B*S, H]
+    if spec.embed_scale != 1:
+        x = graph.node("Mul", [x, graph.initializer("embed_scale", torch.tensor([spec.embed_scale]))], "scaled")
     for layer in range(spec.num_layers):
         x = graph.layer(x, layer)
         step()
@@ -85,6 +87,7 @@ class _Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self._constants: set[str] = set()
+        self._tables: dict[RopeSpec, tuple[str, ...]] = {}
 
     def node(
         self, op: str, inputs: Sequence[str], name: str, *, outputs: Sequence[str] = (), domain: str = "", **attrs: Any
@@ -120,14 +123,24 @@ class _Graph:
         )
 
     def rope_tables(self, rows: int) -> None:
-        """`cos_cache` and `sin_cache` [rows, D/2], made a block of rows at a time: at 1M the angles are 512 MB."""
-        shape = (rows, self.spec.head_dim // 2)
-        for index, name in enumerate(("cos_cache", "sin_cache")):
-            blocks = _rope_blocks(self.spec, rows, index)
-            self.initializers.append(self.data.add_blocks(name, shape, torch.float32, blocks))
+        """`cos_cache` and `sin_cache` [rows, D/2], made a block of rows at a time: at 1M the angles are 512 MB.
 
-    def rms_norm(self, x: str, module: str) -> str:
-        scale = self.initializer(f"{module}.weight")
+        Numbered from 1 where layers have further ones.
+        """
+        shape = (rows, self.spec.head_dim // 2)
+        for number, rope in enumerate(self.spec.ropes):
+            names = tuple(f"{name}{number or ''}" for name in ("cos_cache", "sin_cache"))
+            self._tables[rope] = names
+            for index, name in enumerate(names):
+                blocks = _rope_blocks(rope, self.spec.head_dim, rows, index)
+                self.initializers.append(self.data.add_blocks(name, shape, torch.float32, blocks))
+
+    def rms_norm(self, x: str, module: str, gain: float = 1.0) -> str:
+        weight = f"{module}.weight"
+        if self.spec.norm_shift or gain != 1:
+            scale = self.initializer(weight, (self.weights.plain(weight).float() + self.spec.norm_shift) * gain)
+        else:
+            scale = self.initializer(weight)
         return self.node("RMSNormalization", [x, scale], module, axis=-1, epsilon=self.spec.rms_eps)
 
     def linear(self, x: str, module: str, *, bias: bool) -> str:
@@ -155,35 +168,46 @@ class _Graph:
         """[B*S, H] -> [B*S, H], and the layer's present key and value."""
         spec, name = self.spec, f"model.layers.{layer}"
         attn = f"{name}.self_attn"
-        h = self.rms_norm(x, f"{name}.input_layernorm")
-        q = self._heads(self.linear(h, f"{attn}.q_proj", bias=spec.qkv_bias), f"{attn}.q_norm")
+        h = self.rms_norm(x, f"{name}.input_layernorm") if spec.pre_norms else x
+        q = self._heads(self.linear(h, f"{attn}.q_proj", bias=spec.qkv_bias), f"{attn}.q_norm", spec.query_gain)
         k = self._heads(self.linear(h, f"{attn}.k_proj", bias=spec.qkv_bias), f"{attn}.k_norm")
         v = self.linear(h, f"{attn}.v_proj", bias=spec.qkv_bias)
         q, k, v = (self.node("Reshape", [t, "batch_sequence_any"], f"{t}/rows") for t in (q, k, v))  # [B, S, .]
         past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
         out = self.node(
-            "GroupQueryAttention", [q, k, v, *past, "seqlens_k", "total_length", "cos_cache", "sin_cache"], attn,
+            "GroupQueryAttention",
+            [q, k, v, *past, "seqlens_k", "total_length", *self._tables[spec.rope_of(layer)]], attn,
             outputs=[f"{attn}/out", f"present.{layer}.key", f"present.{layer}.value"], domain="com.microsoft",
             num_heads=spec.num_heads, kv_num_heads=spec.num_kv_heads, scale=1 / math.sqrt(spec.head_dim),
-            do_rotary=1, rotary_interleaved=0,
+            do_rotary=1, rotary_interleaved=0, local_window_size=spec.window_of(layer) or -1,
         )  # fmt: skip
         out = self.node("Reshape", [out, self.constant("rows_q", [-1, spec.q_size])], f"{attn}/flatten")
-        x = self.node("Add", [x, self.linear(out, f"{attn}.o_proj", bias=spec.o_bias)], f"{attn}/residual")
+        out = self._normed_out(self.linear(out, f"{attn}.o_proj", bias=spec.o_bias), f"{name}.post_self_attn_layernorm")
+        x = self.node("Add", [x, out], f"{attn}/residual")
 
         mlp = f"{name}.mlp"
-        h = self.rms_norm(x, f"{name}.post_attention_layernorm")
+        h = self.rms_norm(x, f"{name}.post_attention_layernorm") if spec.pre_norms else x
         gate = self.linear(h, f"{mlp}.gate_proj", bias=spec.mlp_bias)
-        gate = self.node("Mul", [gate, self.node("Sigmoid", [gate], f"{mlp}/sigmoid")], f"{mlp}/silu")
+        if spec.activation == "gelu":
+            gate = self.node("Gelu", [gate], f"{mlp}/gelu", approximate="tanh")
+        else:
+            gate = self.node("Mul", [gate, self.node("Sigmoid", [gate], f"{mlp}/sigmoid")], f"{mlp}/silu")
         up = self.linear(h, f"{mlp}.up_proj", bias=spec.mlp_bias)
         h = self.node("Mul", [gate, up], f"{mlp}/gated")
-        return self.node("Add", [x, self.linear(h, f"{mlp}.down_proj", bias=spec.mlp_bias)], f"{mlp}/residual")
+        out = self._normed_out(self.linear(h, f"{mlp}.down_proj", bias=spec.mlp_bias), f"{name}.post_mlp_layernorm")
+        return self.node("Add", [x, out], f"{mlp}/residual")
 
-    def _heads(self, x: str, norm: str) -> str:
-        """The per-head RMS norm of Qwen3's q and k, as rows of D; other families pass through."""
+    def _normed_out(self, x: str, norm: str) -> str:
+        return self.rms_norm(x, norm) if self.spec.post_norms else x
+
+    def _heads(self, x: str, norm: str, gain: float = 1.0) -> str:
+        """The RMS norm of q and k where a family has one: over each head, as rows of D, or over all of them."""
         if not self.spec.qk_norm:
             return x
+        if self.spec.qk_norm_whole:
+            return self.rms_norm(x, norm, gain)
         x = self.node("Reshape", [x, self.constant("rows_head", [-1, self.spec.head_dim])], f"{norm}/split")
-        return self.rms_norm(x, norm)
+        return self.rms_norm(x, norm, gain)
 
 
 def _cache_names(spec: ModelSpec) -> Iterator[tuple[int, str]]:
@@ -195,6 +219,6 @@ def _cache_info(spec: ModelSpec, kind: int, name: str, length: str) -> onnx.Valu
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def _rope_blocks(spec: ModelSpec, rows: int, index: int) -> Iterator[torch.Tensor]:
+def _rope_blocks(rope: RopeSpec, head_dim: int, rows: int, index: int) -> Iterator[torch.Tensor]:
     for start in range(0, rows, _ROPE_ROWS):
-        yield cos_sin(spec.rope, spec.head_dim, torch.arange(start, min(start + _ROPE_ROWS, rows)))[index]
+        yield cos_sin(rope, head_dim, torch.arange(start, min(start + _ROPE_ROWS, rows)))[index]

@@ -22,12 +22,12 @@ from lcconvert.runtime.banded import masked_attention
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.kv_cache import PagePool, Sequence
 from lcconvert.runtime.model import Decoder
+from lcconvert.runtime.paths import fixed_step
 from lcconvert.runtime.products import LayerWeights
 from lcconvert.runtime.rope import inv_freq, rotation
 from lcconvert.runtime.sidecar import PAGE, AttentionPolicy
 
 MOST_SEQUENCES = 8  # in one step
-_KERNEL_DIMS = (32, 64, 128)  # head sizes the decode kernels take
 _ID, _POSITION, _PAGE, _ROW, _SINK, _TAIL, _EXACT, _FULL = range(8)  # columns of the step's numbers
 
 
@@ -59,12 +59,7 @@ class DecodeStep:
             self._ropes[rope] = freq.to(pool.device, torch.float64), scale
         self._graphs: dict[int, _Graph] = {}
         # Elsewhere PyTorch stands in for a kernel, and may wait for the device, which a capture forbids.
-        self._capturable = (
-            pool.device.type == "cuda"
-            and pool.dtype != torch.float32
-            and model.spec.head_dim in _KERNEL_DIMS
-            and not model.spec.routed
-        )
+        self._capturable = pool.device.type == "cuda" and pool.dtype != torch.float32 and fixed_step(model.spec)
 
     def __call__(self, seqs: list[Sequence], tokens: list[int]) -> torch.Tensor:
         """float32 logits [S, V]. The sequences are different ones."""

@@ -163,7 +163,10 @@ def variant_layout(spec: ModelSpec, variant: str) -> QuantLayout:
         return QuantLayout()
     form = LinearFormat("fp8")
     if variant == "flash":
-        widths = sorted({spec.hidden_size, spec.q_size, spec.intermediate_size})
+        inner = {
+            spec.expert_size if number in spec.routed else spec.intermediate_size for number in range(spec.num_layers)
+        }
+        widths = sorted({spec.hidden_size, spec.q_size, *inner})
         group = next((g for g in (128, 64, 32) if not any(width % g for width in widths)), None)
         if group is None:
             raise UserError(
@@ -182,9 +185,8 @@ def stored_as(spec: ModelSpec, layout: QuantLayout, gemm: Gemm, dtype: torch.dty
     for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
         item = 2 if name.endswith("weight_scale") else tensor.dtype.itemsize
         sizes[name] = tensor.numel() * (dtype.itemsize if isinstance(tensor, torch.nn.Parameter) else item)
-    packed = sum(
-        t.numel() for n, t in decoder.named_buffers() if n.startswith("model.layers.0.") and n.endswith("weight_packed")
-    )
+    first = (part for part in decoder.named_buffers() if part[0].startswith("model.layers.0."))
+    packed = sum(t.numel() for n, t in first if n.endswith("weight_packed") and ".experts." not in n)
     wide = 1 if gemm == "fp8" else dtype.itemsize
     return Stored(sum(sizes.values()), 8 * packed * wide, dtype.itemsize)
 
@@ -236,7 +238,7 @@ def _widest_moment(
         listed = 4 * spec.num_heads * -(-rows // PAGE) * blocks
         tiles = min(-(-rows // PAGE), max(1, SCORES // (spec.num_heads * blocks)))  # scored at once
         selecting = 4 * spec.num_heads * tiles * blocks
-    inner, block = min(rows, MLP_ROWS) * spec.intermediate_size, min(rows, MLP_ROWS) * spec.hidden_size
+    inner, block = min(rows, MLP_ROWS) * spec.inner_size, min(rows, MLP_ROWS) * spec.hidden_size
     taken = rows * spec.q_size * narrow if narrow < element else 0
     moments = (
         rows * spec.hidden_size * narrow + queries,

@@ -137,6 +137,11 @@ class ModelSpec:
         """K and V values over all layers that one token adds to the cache."""
         return 2 * self.num_layers * self.kv_size
 
+    @property
+    def inner_size(self) -> int:
+        """The widest a token gets within an MLP or an expert."""
+        return max(self.expert_size, self.intermediate_size if len(self.routed) < self.num_layers else 0)
+
     def window_of(self, layer: int) -> int | None:
         """Tokens a query of `layer` sees, its own included; None for all."""
         return self.window if layer in self.windowed else None

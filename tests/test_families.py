@@ -16,8 +16,10 @@ import transformers
 from families import ROWS, TOKENS, Written, written
 from safetensors.torch import save_file
 
+from lcconvert.convert.export import ExportConfig, export
 from lcconvert.convert.export_weights import ExportWeights
 from lcconvert.convert.extend import ExtendConfig, extend
+from lcconvert.convert.gguf_export import check_expressible
 from lcconvert.convert.prefix_tuning import hidden_after, read_prefix
 from lcconvert.convert.quantize import quantize
 from lcconvert.convert.quantize_config import QuantizeConfig
@@ -167,3 +169,23 @@ def test_experts_are_calibrated_on_their_tokens(families_root: Path, tmp_path: P
     assert all(row["method"] == "gptq" for row in rows if row.get("tokens"))
     engine = Engine.load(artifact, device="cpu")
     assert torch.isfinite(engine.prefill(engine.new_sequence(), model.ids)).all()
+
+
+def test_onnx(model: Written, tmp_path: Path) -> None:
+    """The export compares onnxruntime's logits with ours by itself, near the start and past the window."""
+    config = ExportConfig(format="onnx", precision="fp32", max_length=512, compare="always")
+    if ModelSpec.from_config(_config(model.folder)).routed:
+        with pytest.raises(UserError, match="has experts"):
+            export(str(model.folder), tmp_path / "out", config)
+        return
+    out = export(str(model.folder), tmp_path / "out", config)
+    assert "largest logit difference" in (out / "lcconvert.json").read_text()
+
+
+def test_gguf_takes_what_its_graphs_compute(model: Written, tmp_path: Path) -> None:
+    spec = ModelSpec.from_config(_config(model.folder))
+    if not spec.beyond_plain and not (spec.family == "qwen3" and spec.qkv_bias):
+        check_expressible(spec, "it")
+        return
+    with pytest.raises(UserError, match=r"not written as GGUF here|biases"):
+        export(str(model.folder), tmp_path / "out", ExportConfig(format="gguf"))
