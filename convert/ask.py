@@ -1,8 +1,9 @@
-"""`lcconvert ask`: a question on a folder that is read once. The second question only reads itself.
+"""`lcconvert ask`: questions on a folder that is read once. The second question only reads itself.
 
-The folder is packed into one prompt whose question comes last. What comes before the question is a saved session; a
-run restores what that shares with the folder as it is now, so after an edit everything from the first changed file on
-is read again, and no more.
+The folder is packed into the first message of a conversation, whose question comes after it. What comes before that
+question is a saved session; a run restores what that shares with the folder as it is now, so after an edit everything
+from the first changed file on is read again, and no more. Further questions of one run meet what is still in memory,
+and the folder is looked at again before each.
 
 The surprising rule: the files are always read up to a whole page first, and the question after that, on a fresh run
 too. So a question on a restored session meets the same cache as on a fresh run, and gets the same answer.
@@ -13,10 +14,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -26,25 +29,40 @@ from lcconvert.convert.progress import progress
 from lcconvert.convert.validate import identity
 from lcconvert.runtime.engine import Engine
 from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.packed import AFTER, BEFORE
 from lcconvert.runtime.prefix_cache import Lease, PrefixCache, common_tokens
 from lcconvert.runtime.sampler import SamplingParams
 from lcconvert.runtime.sessions import SessionError, Sessions
-from lcconvert.runtime.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
-_BEFORE = "These are the files of a folder, each after a line with its path.\n\n"
-_AFTER = "Answer from these files, and name the files that the answer is from by their paths.\n\nQuestion: "
 _LISTED = 10
 
 
-def default_sessions() -> Path:
-    """Where sessions lie when no folder is given."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcconvert" / "sessions"
+def default_cache() -> Path:
+    """Where sessions and the text of PDF files lie when no folder is given."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcconvert"
+
+
+def questions(first: str | None, typed: TextIO | None) -> Iterator[str]:
+    """The question of the command line, if any, then the lines of `typed`; empty ones are passed over. UserError when
+    there is nothing to come."""
+    if typed is None and not (first and first.strip()):
+        raise UserError("the question is missing; put it after the artifact, in quotes, or type questions with --chat")
+    return (line.strip() for line in chain([first or ""], _lines(typed) if typed else ()) if line.strip())
+
+
+def _lines(typed: TextIO) -> Iterator[str]:
+    while True:
+        if typed.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        if not (line := typed.readline()):
+            return
+        yield line
 
 
 def ask(
     src: str,
-    question: str,
+    asked: Iterable[str],
     *,
     files: Path,
     exclude: tuple[str, ...] = (),
@@ -54,29 +72,44 @@ def ask(
     device: str | None = None,
     say: Say = lambda line: None,
 ) -> Iterator[str]:
-    """Yields the answer's text as it comes, then a line with the files it names. `say` is told what is skipped, read
-    and restored. UserError when the folder does not fit into the context."""
+    """Yields the text of the answers as it comes, and after each a line with the files it names; the questions are one
+    conversation. `say` is told what is skipped, read and restored. UserError when the folder and what was said do not
+    fit into the context."""
     source = open_checkpoint(src)
-    if not question.strip():
-        raise UserError("the question is empty; put it after the artifact, in quotes")
     engine = Engine.load(source, device=device, max_context=max_context)
-    sessions = Sessions(session_dir or default_sessions(), engine, artifact := identity(source)[0])
-    pack = pack_folder(files, exclude=exclude, control_tokens=engine.tokenizer.control_tokens)
-    _tell_skipped(pack, say)
-    ids = _prompt(engine.tokenizer, pack.text, question)
-    if len(ids) + max_tokens > engine.max_context:
-        raise _too_large(engine, pack, len(ids) + max_tokens)
-    head = ids[: common_tokens(ids, _prompt(engine.tokenizer, pack.text, "?" + question))]
-    name = _session_name(files, artifact)
-    with _leased(engine, ids, max_tokens) as (cache, lease):
-        _read(engine, cache, lease, head, sessions, name, say)
-        pieces = engine.generate(ids[len(head) :].tolist(), SamplingParams(max_tokens=max_tokens), seq=lease.sequence)
+    artifact = identity(source)[0]
+    sessions = Sessions(session_dir or default_cache() / "sessions", engine, artifact)
+    cache, name, said = PrefixCache(engine), _session_name(files, artifact), list[dict[str, str]]()
+    text, head, told = "", np.empty(0, np.int32), None
+    for question in asked:
+        pack = pack_folder(
+            files, exclude=exclude, control_tokens=engine.tokenizer.control_tokens, text_cache=default_cache() / "pdf"
+        )
+        if pack.skipped != told:
+            _tell_skipped(pack, say)
+            told = pack.skipped
+        said.append({"role": "user", "content": question})
+        ids = _prompt(engine, pack, said)
+        if len(ids) + max_tokens > engine.max_context:
+            raise _too_large(engine, pack, len(ids) + max_tokens)
+        if pack.text != text:
+            other = _prompt(engine, pack, [{"role": "user", "content": "?" + said[0]["content"]}])
+            text, head = pack.text, ids[: common_tokens(ids, other)]
+        lease = cache.lease(ids, len(ids) + max_tokens)
+        assert lease is not None, "nothing else runs, so there is room for what fits the context"
         answer = ""
-        for piece in pieces:
-            answer += piece.text
-            yield piece.text
-    if named := files_named(answer, pack.paths):
-        yield f"\n\nFiles it names: {', '.join(named)}"
+        try:
+            _read(engine, cache, lease, head, sessions, name, say)
+            rest = ids[lease.sequence.length :].tolist()
+            for piece in engine.generate(rest, SamplingParams(max_tokens=max_tokens), seq=lease.sequence):
+                answer += piece.text
+                yield piece.text
+            cache.keep(lease)
+        finally:
+            cache.end(lease)
+        said.append({"role": "assistant", "content": answer})
+        named = files_named(answer, pack.paths)
+        yield f"\n\nFiles it names: {', '.join(named)}\n" if named else "\n"
 
 
 def files_named(answer: str, paths: list[str]) -> list[str]:
@@ -91,43 +124,34 @@ def files_named(answer: str, paths: list[str]) -> list[str]:
     return [path for _, path in sorted(found)]
 
 
-def _prompt(tokenizer: Tokenizer, text: str, question: str) -> np.ndarray:
-    """Ids int32 [T]."""
-    whole = _BEFORE + text + _AFTER + question
-    chat = tokenizer.has_chat_template
-    ids = tokenizer.encode_chat([{"role": "user", "content": whole}]) if chat else tokenizer.encode(whole, True)
+def _prompt(engine: Engine, pack: Pack, said: list[dict[str, str]]) -> np.ndarray:
+    """Ids int32 [T] of a conversation whose first message has the files before it."""
+    first = {"role": "user", "content": BEFORE + pack.text + AFTER + said[0]["content"]}
+    tokenizer = engine.tokenizer
+    if tokenizer.has_chat_template:
+        ids = tokenizer.encode_chat([first, *said[1:]])
+    else:
+        ids = tokenizer.encode("\n\n".join(message["content"] for message in [first, *said[1:]]), True)
     return np.array(ids, np.int32)
-
-
-@contextmanager
-def _leased(engine: Engine, ids: np.ndarray, max_tokens: int) -> Iterator[tuple[PrefixCache, Lease]]:
-    cache = PrefixCache(engine, 0)
-    lease = cache.lease(ids, len(ids) + max_tokens)
-    assert lease is not None, "an empty cache has room for what fits its context"
-    try:
-        yield cache, lease
-    finally:
-        cache.end(lease)
 
 
 def _read(
     engine: Engine, cache: PrefixCache, lease: Lease, head: np.ndarray, sessions: Sessions, name: str, say: Say
 ) -> None:
-    """Brings `head` into the lease's sequence: what is saved of it is restored, the rest is read, all of it saved."""
+    """Brings `head` into the lease's sequence: what is neither in memory nor saved of it is read, then all is saved."""
     seq, started = lease.sequence, time.perf_counter()
-    if saved := common_tokens(sessions.ids(name), head):
+    if (saved := common_tokens(sessions.ids(name), head)) > seq.length:
         try:
             sessions.restore(name, seq, saved)
+            say(f"restoring took {time.perf_counter() - started:.2f} s")
         except SessionError as error:
             say(f"the saved session is not used: {error}")
-    restored = seq.length
-    say(f"{len(head)} tokens of files: {restored} restored, {len(head) - restored} read")
-    if restored:
-        say(f"restoring took {time.perf_counter() - started:.2f} s")
-    if restored == len(head):
+    had = min(seq.length, len(head))
+    say(f"{len(head)} tokens of files: {had} reused, {len(head) - had} read")
+    if had == len(head):
         return
-    with progress(f"reading {len(head) - restored} tokens", engine.spec.num_layers, "layers") as bar:
-        engine.prefill(seq, head[restored:].tolist(), progress=lambda *_: bar.advance())
+    with progress(f"reading {len(head) - had} tokens", engine.spec.num_layers, "layers") as bar:
+        engine.prefill(seq, head[had:].tolist(), progress=lambda *_: bar.advance())
     cache.keep(lease)
     if lease.kept is not None:
         try:
@@ -154,6 +178,6 @@ def _too_large(engine: Engine, pack: Pack, tokens: int) -> UserError:
     largest = sorted(pack.parts, key=lambda part: -len(part[1]))[:3]
     named = ", ".join(f"{path} ({len(text)} characters)" for path, text in largest)
     return UserError(
-        f"the folder, the question and the answer take {tokens} tokens, the context is {engine.max_context}; leave "
+        f"the folder, what is said and the answer take {tokens} tokens, the context is {engine.max_context}; leave "
         f"files out with --exclude PATTERN, the largest are {named}"
     )

@@ -320,20 +320,22 @@ def serve_command(
 
 @cli.command("ask", cls=Verb, example='ask flash --files src "Where is the retry limit set?"')
 @click.argument("src")
-@click.argument("question")
+@click.argument("question", required=False)
 @click.option("--files", type=click.Path(path_type=Path), required=True, help="Folder to ask about.")
 @click.option("--exclude", multiple=True, help="Leave out what matches, as a line of .gitignore; repeatable.")
+@click.option("--chat", is_flag=True, help="Keep going: more questions are read from stdin, one a line.")
 @click.option("--session-dir", type=click.Path(path_type=Path), help="Where what was read is saved; default: a cache.")
 @click.option("--max-tokens", type=int, default=512, show_default=True, help="Longest answer.")
 @click.option("--max-context", type=SIZE, help="Tokens to reserve KV memory for; default: the whole context.")
 @device_option
-def ask_command(src: str, question: str, **options: Any) -> None:
-    """Ask about a folder of text files: it is read once, later questions only read themselves and what changed."""
-    from lcconvert.convert.ask import ask
+def ask_command(src: str, question: str | None, chat: bool, **options: Any) -> None:
+    """Ask about a folder of text and PDF files: it is read once, later questions only read themselves and what
+    changed."""
+    from lcconvert.convert.ask import ask, questions
 
-    for text in ask(src, question, say=lambda line: click.echo(line, err=True), **options):
+    asked = questions(question, sys.stdin if chat else None)
+    for text in ask(src, asked, say=lambda line: click.echo(line, err=True), **options):
         click.echo(text, nl=False)
-    click.echo()
 
 
 @cli.command("session", cls=Verb, example="session list --session-dir sessions")

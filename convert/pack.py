@@ -2,7 +2,7 @@
 
 Git decides what is left out, by the .gitignore files of the folder and its own rules, from an empty repository made for
 the purpose: no setting, hook or index of the folder's own repository is read or run. Files that are not UTF-8 text and
-links are skipped and listed. Left out: text inside PDF and office files.
+links are skipped and listed; of PDF files their text is taken. Left out: office files, and the pictures of a PDF.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lcconvert.convert.pdf import PDF_MAGIC, PdfUnread, pdf_text
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.packed import file_part
 
@@ -33,14 +34,16 @@ class Pack:
         return [path for path, _ in self.parts]
 
 
-def pack_folder(folder: Path, *, exclude: tuple[str, ...] = (), control_tokens: Iterable[str] = ()) -> Pack:
-    """Reads `folder`. `exclude`: more patterns as in .gitignore. `control_tokens` of the model that stand in a file are
-    broken by a zero-width space, so that no file can end the message it is in. UserError when no text is found."""
+def pack_folder(
+    folder: Path, *, exclude: tuple[str, ...] = (), control_tokens: Iterable[str] = (), text_cache: Path | None = None
+) -> Pack:
+    """Reads `folder`. `exclude`: more patterns as in .gitignore; `control_tokens`: see `file_part`; `text_cache`: where
+    the text of PDF files is kept. UserError when no text is found."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give --files the folder to ask about")
     parts, skipped = [], []
     for path in _listed(folder, exclude):
-        text = _text(folder / path)
+        text = _text(folder / path, text_cache)
         if isinstance(text, _Skip):
             skipped.append((path, text.why))
             continue
@@ -55,7 +58,7 @@ class _Skip:
     why: str
 
 
-def _text(path: Path) -> str | _Skip:
+def _text(path: Path, text_cache: Path | None) -> str | _Skip:
     if path.is_symlink():
         return _Skip("a link")
     if path.is_dir():
@@ -64,6 +67,11 @@ def _text(path: Path) -> str | _Skip:
         data = path.read_bytes()
     except OSError as error:
         return _Skip(str(error.strerror))
+    if data.startswith(PDF_MAGIC):
+        try:
+            return pdf_text(data, text_cache)
+        except PdfUnread as error:
+            return _Skip(str(error))
     if b"\0" in data:
         return _Skip("binary")
     try:
