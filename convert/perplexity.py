@@ -5,6 +5,10 @@ only the context changes. It still says little about retrieval (a model that for
 looks fine), so it stands beside the needles and never alone. The targets are a second prefill on top of the cached
 context, as a follow-up question would be, so an artifact's KV quantization is part of the number. Logits exist for at
 most 512 rows at a time.
+
+LongPPL (arXiv 2410.23771) looks only at tokens that need a long context: those of the last 2,048 whose loss in the
+native window is low and far below that with 512 tokens of context. The paper picks them with a strong model; here the
+model picks its own, in the window it was made for, so the figure says what it keeps of that when the context grows.
 """
 
 from __future__ import annotations
@@ -23,11 +27,13 @@ from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.results import ContextPoint, Perplexity, PlainPerplexity, PositionBucket, Text
 from lcconvert.convert.samples import SampleLog, sample_key
 from lcconvert.runtime.engine import Engine
-from lcconvert.runtime.kv_cache import Sequence
 
 BLOCK = 512  # rows of [rows, vocab] logits held at once
 PLAIN = 2048  # tokens of the plain figure
 SHORTEST = 512
+KEY_TARGETS = 2048  # of the last tokens, those that need the context are looked for
+_KEY_STEP = 256  # of them scored by one pass over a short context
+_KEY_GAIN, _KEY_LOSS = 2.0, 2.0  # nats: gained by the native window at least, left in it at most
 _SEGMENT = 8192  # rows of hidden states held at once when every position is scored
 
 
@@ -49,16 +55,26 @@ def windows(longest: int) -> list[Window]:
     return [Window(min(PLAIN, longest), True), *(Window(n, False) for n in sorted(sizes))]
 
 
+def key_window(longest: int, native: int) -> int | None:
+    """The window in which key tokens are told: the longest one inside the native window; None when that is short."""
+    fitting = [w.context for w in windows(longest) if not w.plain and 2 * KEY_TARGETS <= w.context <= native]
+    return max(fitting, default=None)
+
+
 def run_perplexity(
     engine: Engine,
     text: Haystack,
     longest: int,
     targets: int,
+    native: int,
     base: dict[str, Any],
     log: SampleLog,
     advance: Callable[[], None],
 ) -> Perplexity:
-    """Measures every window up to `longest` that the log does not hold, shortest first; out of memory is a row."""
+    """Measures every window up to `longest` that the log does not hold, shortest first; out of memory is a row.
+
+    `native` is the window before any extension, in tokens.
+    """
     ids = text.excerpt(engine.tokenizer, longest, "perplexity")
     bos = engine.tokenizer.encode("", add_special=True)[:1] if engine.tokenizer.bos_id is not None else []
     found: dict[Window, dict[str, Any]] = {}
@@ -79,10 +95,28 @@ def run_perplexity(
         if row is not None:
             found[window] = row
         advance()
-    return _summary(text, longest, targets, found)
+    short = None
+    if key_window(longest, native) is not None:
+        key = sample_key(**base, kind="key tokens", text=text.sha256, longest=longest)
+        if (row := log.get(key)) is None:
+            row = log.add(key, {"kind": "key tokens", "nll": _rounded(short_context(engine, ids, bos))})
+        short = row["nll"]
+        advance()
+    return _summary(text, longest, targets, native, found, short)
 
 
-def _summary(text: Haystack, longest: int, targets: int, found: dict[Window, dict[str, Any]]) -> Perplexity:
+def _summary(
+    text: Haystack,
+    longest: int,
+    targets: int,
+    native: int,
+    found: dict[Window, dict[str, Any]],
+    short: list[float] | None,
+) -> Perplexity:
+    keys: list[int] = []
+    told = found.get(Window(key_window(longest, native) or 0, False))
+    if short is not None and told is not None:
+        keys = key_tokens(short, told["last"])
     plain = found.get(windows(longest)[0])
     points: list[ContextPoint] = []
     shortest: float | None = None
@@ -91,16 +125,27 @@ def _summary(text: Haystack, longest: int, targets: int, found: dict[Window, dic
         if row is None:
             points.append(ContextPoint(context=window.context, state="out of memory", nll=None, ppl=None, change=None))
             continue
+        last = row["last"]
+        key_ppl = perplexity(sum(last[i] for i in keys) / len(keys)) if keys and last else None
         ppl = perplexity(row["nll"])
         shortest = shortest or ppl
         points.append(
-            ContextPoint(context=window.context, state="measured", nll=row["nll"], ppl=ppl, change=ppl / shortest - 1)
+            ContextPoint(
+                context=window.context,
+                state="measured",
+                nll=row["nll"],
+                ppl=ppl,
+                change=ppl / shortest - 1,
+                key_ppl=key_ppl,
+            )
         )
     whole = found.get(Window(longest, False))
     buckets = (whole and whole["by_position"]) or (plain and plain["by_position"]) or []
     return Perplexity(
         text=Text(name=text.name, sha256=text.sha256, characters=len(text.text)),
         targets=targets,
+        key_window=told["context"] if told else None,
+        key_tokens=len(keys),
         plain=PlainPerplexity(context=min(PLAIN, longest), nll=plain["nll"], ppl=perplexity(plain["nll"]))
         if plain
         else None,
@@ -122,35 +167,62 @@ def token_nll(engine: Engine, hidden: torch.Tensor, targets: list[int]) -> torch
 def measure(engine: Engine, ids: list[int], window: Window, targets: int, bos: list[int]) -> dict[str, Any]:
     """Scores one window of `ids` (the whole excerpt): mean nats a target, and by position when every one is scored.
 
-    Every position is scored in the plain window and in the longest one; else only the last `targets`. `bos` is what
-    the tokenizer puts before every text; it counts as context.
+    Every position is scored in the plain window and in the longest one; else only the last `targets`, and in windows
+    of twice `KEY_TARGETS` and more the last `KEY_TARGETS`, given as `last`. `bos` is what the tokenizer puts before
+    every text; it counts as context.
     """
     text = window.context - len(bos)
     used = bos + (ids[:text] if window.plain else ids[len(ids) - text :])
+    end, whole = len(used) - targets, window.context == len(ids) and window.context > PLAIN
+    keyed = not window.plain and window.context >= 2 * KEY_TARGETS
+    if window.plain:
+        borders = [0]
+    elif whole:  # the targets in a prefill of their own, as in the shorter windows
+        borders = [*range(0, end, _SEGMENT), end]
+    else:
+        borders = [len(used) - KEY_TARGETS, end] if keyed else [end]
+    nll = _scored(engine, used, [*borders, len(used) - 1])
+    return {
+        "nll": float((nll if window.plain else nll[-targets:]).mean()),
+        "by_position": by_position(nll) if window.plain or whole else [],
+        "last": _rounded(nll[-KEY_TARGETS:]) if keyed else [],
+    }
+
+
+def short_context(engine: Engine, ids: list[int], bos: list[int]) -> torch.Tensor:
+    """NLL of the last `KEY_TARGETS` of `ids` with 512 tokens of context or a little more: float64 [KEY_TARGETS]."""
+    parts = []
+    for first in range(len(ids) - KEY_TARGETS, len(ids), _KEY_STEP):
+        used = bos + ids[first - SHORTEST : first + _KEY_STEP]
+        parts.append(_scored(engine, used, [len(bos) + SHORTEST, len(used) - 1]))
+    return torch.cat(parts)
+
+
+def key_tokens(short: list[float], native: list[float]) -> list[int]:
+    """Indices of the tokens that a long context makes likely, from their losses in a short and the native window."""
+    return [i for i, (a, b) in enumerate(zip(short, native, strict=True)) if a - b > _KEY_GAIN and b < _KEY_LOSS]
+
+
+def _scored(engine: Engine, used: list[int], borders: list[int]) -> torch.Tensor:
+    """NLL of what follows borders[0] (of used[1:] when that is 0), each stretch between borders a prefill of its own.
+
+    The last border is len(used) - 1: the last token is only a target.
+    """
     seq = engine.new_sequence()
     try:
-        if window.plain:
-            nll = token_nll(engine, engine.prefill(seq, used[:-1], want="all"), used[1:])
-            return {"nll": float(nll.mean()), "by_position": by_position(nll)}
-        if window.context == len(ids) and window.context > PLAIN:
-            nll = _all_positions(engine, seq, used, targets)
-            return {"nll": float(nll[-targets:].mean()), "by_position": by_position(nll)}
-        first = engine.prefill(seq, used[:-targets])
-        hidden = engine.prefill(seq, used[-targets:-1], want="all")
-        nll = torch.cat((_nll_of(first, used[-targets]), token_nll(engine, hidden, used[1 - targets :])))
-        return {"nll": float(nll.mean()), "by_position": []}
+        parts = []
+        if first := borders[0]:
+            parts.append(_nll_of(engine.prefill(seq, used[:first]), used[first]))
+        for begin, end in pairwise(borders):
+            hidden = engine.prefill(seq, used[begin:end], want="all")
+            parts.append(token_nll(engine, hidden, used[begin + 1 : end + 1]))
+        return torch.cat(parts)
     finally:
         engine.free(seq)
 
 
-def _all_positions(engine: Engine, seq: Sequence, used: list[int], targets: int) -> torch.Tensor:
-    """NLL of used[1:], the last `targets` in a prefill of their own, as in the shorter windows."""
-    borders = [*range(0, len(used) - targets, _SEGMENT), len(used) - targets, len(used) - 1]
-    parts = []
-    for begin, end in pairwise(borders):
-        hidden = engine.prefill(seq, used[begin:end], want="all")
-        parts.append(token_nll(engine, hidden, used[begin + 1 : end + 1]))
-    return torch.cat(parts)
+def _rounded(nll: torch.Tensor) -> list[float]:
+    return [round(value, 4) for value in nll.tolist()]
 
 
 def _nll_of(logits: torch.Tensor, target: int) -> torch.Tensor:

@@ -179,6 +179,7 @@ class ContextPoint(_Row):
     nll: float | None
     ppl: float | None
     change: float | None  # ppl over that of the shortest context, minus 1
+    key_ppl: float | None = None  # of the key tokens alone: LongPPL
 
 
 class PositionBucket(_Row):
@@ -199,6 +200,8 @@ class PlainPerplexity(_Row):
 class Perplexity(_Row):
     text: Text
     targets: int
+    key_window: int | None = None  # where key tokens were told from the others
+    key_tokens: int = 0
     plain: PlainPerplexity | None
     by_context: list[ContextPoint]
     by_position: list[PositionBucket]

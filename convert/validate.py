@@ -29,7 +29,7 @@ from lcconvert.convert.endpoint import Endpoint
 from lcconvert.convert.hashing import WEIGHT_PATTERNS, artifact_hash, file_hash
 from lcconvert.convert.haystack import Haystack, SentenceBank
 from lcconvert.convert.needles import NeedlePlan, contexts, prompt_of, run_needles, tally
-from lcconvert.convert.perplexity import run_perplexity, windows
+from lcconvert.convert.perplexity import key_window, run_perplexity, windows
 from lcconvert.convert.progress import progress
 from lcconvert.convert.provenance import public_name
 from lcconvert.convert.qa import QaFile
@@ -86,7 +86,10 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
     counter, questions = Counter(subject.tokenizer), _questions(config, haystack)
     questions.check(counter, 0)
     beside = [own_curves(Report.read(path)) for path in config.beside]
-    steps = len(windows(config.perplexity_context)) if config.perplexity_context else 0
+    steps = 0
+    if config.perplexity_context:
+        steps = len(windows(config.perplexity_context))
+        steps += key_window(config.perplexity_context, subject.native_context) is not None
     steps += sum(len(context.puzzle.questions) for context in planned) + (3 if reference else 0)
     steps += len(list(questions.cases()))
     deadline = started + config.max_seconds if config.max_seconds else None
@@ -103,8 +106,9 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
         perplexity = None
         if config.perplexity_context:
             perplexity = run_perplexity(
-                engine, text, config.perplexity_context, config.perplexity_targets, base, log, bar.advance
-            )
+                engine, text, config.perplexity_context, config.perplexity_targets, subject.native_context, base, log,
+                bar.advance,
+            )  # fmt: skip
         needles, cost, tasks = list[Needles](), list[Cost](), None
         if planned:
             oom = run_needles(engine, bank, plan, planned, base, log, bar.advance, deadline)
@@ -240,6 +244,12 @@ class _Subject:
             "lcconvert": _version("lcconvert"),
         }
 
+    @property
+    def native_context(self) -> int:
+        """The window before any extension, in tokens: by the provenance or the RoPE fields, else the configured one."""
+        recorded = self.sidecar.provenance.get("native_context")
+        return int(recorded or self.spec.rope.original_max_position or self.spec.max_position)
+
     def artifact(self) -> Artifact:
         return Artifact(
             name=public_name(self.source.name),
@@ -248,7 +258,7 @@ class _Subject:
             variant=self.sidecar.variant,
             family=self.spec.family,
             parameters=self.spec.parameters(),
-            native_context=native_context(self.spec, self.sidecar),
+            native_context=self.native_context,
             configured_context=self.sidecar.context.configured,
         )
 
@@ -366,12 +376,6 @@ def identity(source: TensorSource) -> tuple[str, int]:
         return file_hash(path), path.stat().st_size
     weights = {file for pattern in WEIGHT_PATTERNS for file in path.glob(pattern)}
     return artifact_hash(path), sum(file.stat().st_size for file in weights)
-
-
-def native_context(spec: ModelSpec, sidecar: Sidecar) -> int:
-    """The window before any extension, in tokens: from the provenance or the RoPE fields, else the configured one."""
-    recorded = sidecar.provenance.get("native_context")
-    return int(recorded or spec.rope.original_max_position or spec.max_position)
 
 
 def _setup(engine: Engine) -> Setup:

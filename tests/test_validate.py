@@ -4,6 +4,7 @@ needle cell of the real SmolLM2 that must be found under both protocols."""
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 import torch
 from tiny import write_tiny
 
+from lcconvert.convert import perplexity
 from lcconvert.convert.claim import checks, context_claim, perplexity_claim, write_claim
 from lcconvert.convert.hashing import artifact_hash
 from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.needles import ask
+from lcconvert.convert.perplexity import key_tokens, key_window
 from lcconvert.convert.report import PAGE_FILES
 from lcconvert.convert.results import ContextPoint, NeedleLength, Perplexity, Report, Text
 from lcconvert.convert.samples import LOG, SampleLog, sample_key
@@ -278,6 +281,41 @@ def test_a_long_window_scores_every_position(tmp_path: Path) -> None:
     assert result["needles"] == []
     assert not (out / "needles.png").exists()
 
+    # key tokens: the losses they are told by, and what the report makes of them
+    rows = lines(out)
+    (short,) = (row["nll"] for row in rows if row["kind"] == "key tokens")
+    (native,) = (row["last"] for row in rows if row.get("context") == 4096)
+    assert native == pytest.approx(nll[-2048:].tolist(), abs=1e-4)
+    spans = [(i, direct_nll(folder, ids[2048 + i - 512 : 2048 + i + 256])[-256:]) for i in (0, 1792)]
+    for i, expected in spans:
+        assert short[i : i + 256] == pytest.approx(expected.tolist(), abs=1e-4)
+    keys = key_tokens(short, native)
+    assert (result["perplexity"]["key_window"], result["perplexity"]["key_tokens"]) == (4096, len(keys))
+
+
+def test_key_tokens_gain_much_and_are_then_likely() -> None:
+    assert key_tokens([5.0, 5.0, 3.9, 9.0], [1.9, 3.1, 1.95, 2.1]) == [0]
+    assert key_window(8192, 8192) == 8192
+    assert key_window(1 << 20, 8192) == 8192
+    assert key_window(1 << 20, 6000) == 4096
+    assert key_window(2048, 8192) is key_window(8192, 2048) is None
+
+
+def test_long_perplexity_is_that_of_the_key_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model has no key tokens; so all that lose nothing by a short context are taken for some."""
+    folder = write_tiny(tmp_path / "model", max_position_embeddings=8192)
+    sidecar = Sidecar(context=ContextClaim(configured=8192), provenance={"native_context": 4096})
+    (folder / "lcconvert.json").write_bytes(sidecar.to_bytes())
+    monkeypatch.setattr(perplexity, "key_tokens", lambda short, native: [3, 5])
+    result = validate(str(folder), tmp_path / "out", config(lengths=(), perplexity_context=8192))
+    last = {row["context"]: row["last"] for row in lines(tmp_path / "out") if row.get("last")}
+    points = {point["context"]: point["key_ppl"] for point in result["perplexity"]["by_context"]}
+    assert sorted(last) == [4096, 8192]
+    assert points[2048] is None
+    for context, nll in last.items():
+        assert points[context] == pytest.approx(math.exp((nll[3] + nll[5]) / 2))
+    assert "key tokens (LongPPL)" in (tmp_path / "out" / "report.html").read_text()
+
 
 def test_agreement_equals_direct_computation(tmp_path: Path) -> None:
     ours, reference = (write_tiny(tmp_path / name, seed=seed) for name, seed in (("ours", 1), ("reference", 2)))
@@ -348,9 +386,9 @@ def test_what_perplexity_alone_would_say(found: list[float | None], kept: int | 
         for i, ppl in enumerate(found)
     ]
     text = Text(name="text", sha256="0", characters=1)
-    perplexity = Perplexity(text=text, targets=64, plain=None, by_context=points, by_position=[])
-    assert perplexity_claim(perplexity) == kept
-    assert context_claim([], perplexity, Thresholds()).by_perplexity == kept
+    measured = Perplexity(text=text, targets=64, plain=None, by_context=points, by_position=[])
+    assert perplexity_claim(measured) == kept
+    assert context_claim([], measured, Thresholds()).by_perplexity == kept
 
 
 def test_thresholds_decide_the_claim_and_the_exit_code(undisturbed: tuple[Path, dict[str, Any]]) -> None:
