@@ -1,7 +1,8 @@
 """Opens whatever the user names as a checkpoint: an HF folder, a GGUF file, a Hub id, or the GGUF in a Python package.
 
 A Hub id may end in @REVISION (a branch, tag or commit); the source's name says which commit that was.
-Nothing is converted here and no weight is read: the result is a `TensorSource` that yields tensors one at a time.
+Nothing is converted here and no weight is read: the result is a `TensorSource` that yields tensors one at a time, plain
+ones in place of packed weights of other tools that the runtime has no kernel for.
 From the Hub only safetensors, JSON and tokenizer files are fetched; pickled weights are never downloaded or opened.
 """
 
@@ -12,7 +13,9 @@ from importlib import metadata
 from pathlib import Path
 
 from lcconvert.convert.gguf_source import GgufSource
+from lcconvert.convert.import_quantized import decoded
 from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.linear import QuantLayout
 from lcconvert.runtime.source import FolderSource, TensorSource
 
 _PACKAGE = "package:"
@@ -40,7 +43,7 @@ def open_checkpoint(src: str | Path) -> TensorSource:
         folder = hub_folder(text)
         source = FolderSource(folder)
         source.name = f"{text.partition('@')[0]}@{folder.name}"  # the cache names the folder by its commit
-        return source
+        return _runnable(source)
     raise UserError(f"{text} does not exist; {_FORMS}")
 
 
@@ -64,7 +67,16 @@ def _open_folder(path: Path) -> TensorSource:
             names = ", ".join(file.name for file in packed)
             raise UserError(f"{path} holds {len(packed)} GGUF files ({names}); give the path of one of them")
         return GgufSource(packed[0])
-    return FolderSource(path)
+    return _runnable(FolderSource(path))
+
+
+def _runnable(source: FolderSource) -> TensorSource:
+    """`source`, decoded if it is quantized as the runtime's kernels do not take it."""
+    try:
+        QuantLayout.from_config(source.config)
+    except UserError:
+        return decoded(source)
+    return source
 
 
 def _open_file(path: Path) -> TensorSource:

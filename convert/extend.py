@@ -27,13 +27,15 @@ from lcconvert.convert.corpus import Corpus
 from lcconvert.convert.extend_config import ExtendConfig, Stage
 from lcconvert.convert.extend_plan import Cost, card_here, card_named, fit_time, render
 from lcconvert.convert.haystack import Haystack
+from lcconvert.convert.import_quantized import DecodedSource
 from lcconvert.convert.license import source_license
 from lcconvert.convert.parallel import start_process
 from lcconvert.convert.provenance import made_with, named_source, public_name
 from lcconvert.convert.rope_methods import extend_rope
+from lcconvert.convert.shard_writer import Form, ShardWriter
 from lcconvert.convert.trainable import loaded_dtype
 from lcconvert.convert.trainer import HOW_TO_RESUME, remove_state, train
-from lcconvert.convert.writer import ShardWriter, new_folder, partial_folder, verify_folder, write_files
+from lcconvert.convert.writer import new_folder, partial_folder, verify_folder, write_files
 from lcconvert.runtime.errors import CheckFailed, UserError
 from lcconvert.runtime.families import family_of
 from lcconvert.runtime.model import Decoder, load_decoder
@@ -204,7 +206,7 @@ def _loaded_dtype(config: ExtendConfig, spec: ModelSpec, process: PartialState) 
 
 
 def _check_request(source: TensorSource, spec: ModelSpec, config: ExtendConfig) -> None:
-    if source.config.get("quantization_config"):
+    if isinstance(source, DecodedSource) or source.config.get("quantization_config"):
         raise UserError(f"{source.name} is quantized; extend the 16-bit checkpoint that it was made from")
     if config.plan and not config.data:
         raise UserError("training steps are asked for but no data is given; name text files or folders as data")
@@ -260,19 +262,23 @@ def _provenance(source: TensorSource, src: str, digest: str, config: ExtendConfi
 
 
 def _write(folder: Path, decoder: Decoder, config: dict[str, Any], files: Mapping[str, bytes]) -> None:
-    writer = ShardWriter(folder)
+    writer = ShardWriter(folder, _stored(decoder, config))
     for name, tensor in as_stored(config, decoder.spec, decoder.state_dict().items()):
         writer.add(name, tensor)
     writer.close()
     write_files(folder, config, files)
 
 
+def _stored(decoder: Decoder, config: dict[str, Any]) -> dict[str, Form]:
+    """What the checkpoint of `decoder` holds."""
+    empty = ((name, torch.empty_like(tensor, device="meta")) for name, tensor in decoder.state_dict().items())
+    return {name: (t.dtype, tuple(t.shape)) for name, t in as_stored(config, decoder.spec, empty)}
+
+
 def _verify(folder: Path, decoder: Decoder, config: dict[str, Any], rope: RopeSpec, context: int) -> None:
     """Raises CheckFailed unless the folder on disk is the model in memory."""
     tensors = decoder.state_dict()
-    empty = ((name, torch.empty_like(tensor, device="meta")) for name, tensor in tensors.items())
-    stored = {name: (t.dtype, tuple(t.shape)) for name, t in as_stored(config, decoder.spec, empty)}
-    written = decoder_source(verify_folder(folder, stored), decoder.spec)
+    written = decoder_source(verify_folder(folder, _stored(decoder, config)), decoder.spec)
     for name, tensor in tensors.items():
         if not torch.equal(written.tensor(name), tensor.cpu()):
             raise CheckFailed(

@@ -12,7 +12,7 @@ source rounds activations is dropped. The surprising rule: GPTQ's first format s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,30 +38,36 @@ _AWQ_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the output i of eight i
 
 @dataclass(frozen=True)
 class Codes:
-    """values [N, K] int8 to int32 (as signed) or e4m3; scale [N, G] as stored, zero likewise in units of a code or None
-    for 0; group: int64 [K], the group of each input."""
+    """A weight [N, K]. `read` gives its values, int8 or e4m3; scale [N, G] as stored, zero likewise in units of a code
+    or None for 0; group: int64 [K], the group of each input."""
 
-    values: torch.Tensor
+    shape: tuple[int, int]
+    bits: int
+    read: Callable[[], torch.Tensor]
     scale: torch.Tensor
     zero: torch.Tensor | None
     group: torch.Tensor
+    floating: bool = False
 
     def weight(self) -> torch.Tensor:
         """float32 [N, K]."""
-        values = self.values.float()
+        values = self.read().float()
         if self.zero is not None:
             values -= self.zero.float()[:, self.group]
         return values.mul_(self.scale.float()[:, self.group])
 
-    def form(self, bits: int) -> LinearFormat | None:
+    @property
+    def form(self) -> LinearFormat | None:
         """The layout of ours that stores exactly this; None for all others."""
-        columns, groups = self.values.shape[1], self.scale.shape[1]
-        if self.zero is not None and self.zero.any():
+        columns, groups = self.shape[1], self.scale.shape[1]
+        if (self.zero is not None and self.zero.any()) or not torch.isfinite(scale := self.scale.float()).all():
             return None
-        if self.values.dtype == torch.float8_e4m3fn:
+        if not scale.all():
+            return None
+        if self.floating:
             return LinearFormat("fp8") if groups == 1 else None
         size = columns // groups
-        whole = bits == 4 and columns % groups == 0 and size % 8 == 0
+        whole = self.bits == 4 and columns % groups == 0 and size % 8 == 0
         return LinearFormat("int4", size) if whole and torch.equal(self.group, _in_turn(columns, size)) else None
 
 
@@ -108,25 +114,17 @@ class DecodedSource:
         codes = self._codes(module)
         if leaf == "weight":
             return codes.weight()
-        values = codes.values
-        values = values if values.dtype.is_floating_point else values.to(torch.int8)
-        return (values if leaf == "weight_codes" else codes.scale).contiguous()
+        return (codes.read() if leaf == "weight_codes" else codes.scale).contiguous()
 
     @cached_property
     def kept(self) -> QuantLayout:
         """The layers whose codes and scales are stored as ours would be, by the checkpoint's names."""
         found: dict[LinearFormat, list[str]] = {}
         for module in sorted(self._modules):
-            if (form := self._form(module)) is not None:
+            if (form := self._codes(module).form) is not None:
                 found.setdefault(form, []).append(module)
         joined = QuantLayout.from_config(self.config).joined
         return QuantLayout(tuple((tuple(names), form) for form, names in found.items()), (), joined)
-
-    def _form(self, module: str) -> LinearFormat | None:
-        codes = self._codes(module)
-        if not torch.isfinite(codes.scale.float()).all() or not codes.scale.all():
-            return None  # read as a weight it is refused by name, or harmless where the zero scale meets zeros
-        return codes.form(self._bits(module))
 
     def _plain_names(self) -> list[str]:
         names = []
@@ -183,34 +181,34 @@ class DecodedSource:
         return self._plain(module)
 
     def _gptq(self, module: str) -> Codes:
-        rows, columns = self._shape(module)
-        bits = self._bits(module)
-        scale = self._part(module, "scales").T  # [N, G]
-        values = _unpack(self._part(module, "qweight"), bits, (columns, rows), 0).T
+        rows, columns = shape = self._shape(module)
+        bits, scale = self._bits(module), self._part(module, "scales").T  # [N, G]
         zero = _unpack(self._part(module, "qzeros"), bits, (scale.shape[1], rows), 1).T.int()
         if (self.block.get("checkpoint_format") or self.block.get("format") or "gptq") == "gptq":
             zero = zero + 1
+        group = _in_turn(columns, -(-columns // scale.shape[1]))
         if f"{module}.g_idx" in self._raw:
             group = self._part(module, "g_idx").long()
-        else:
-            group = _in_turn(columns, -(-columns // scale.shape[1]))
-        return self._checked(module, Codes(values, scale, zero, group))
+
+        def read() -> torch.Tensor:
+            return _unpack(self._part(module, "qweight"), bits, (columns, rows), 0).T
+
+        return self._checked(module, Codes(shape, bits, read, scale, zero, group))
 
     def _awq(self, module: str) -> Codes:
-        rows, columns = self._shape(module)
+        rows, columns = shape = self._shape(module)
         scale = self._part(module, "scales").T
 
         def unpack(leaf: str, height: int) -> torch.Tensor:
             words = _unpack(self._part(module, leaf), 4, (height, rows), 1)
             return words.unflatten(1, (-1, 8))[:, :, list(_AWQ_PLACE)].flatten(1).T
 
-        group = _in_turn(columns, -(-columns // scale.shape[1]))
-        return self._checked(module, Codes(unpack("qweight", columns), scale, unpack("qzeros", scale.shape[1]), group))
+        zero, group = unpack("qzeros", scale.shape[1]), _in_turn(columns, -(-columns // scale.shape[1]))
+        return self._checked(module, Codes(shape, 4, lambda: unpack("qweight", columns), scale, zero, group))
 
     def _packed(self, module: str) -> Codes:
-        rows, columns = self._shape(module)
-        packed = self._part(module, "weight_packed")
-        if packed.dtype != torch.int32:
+        rows, columns = shape = self._shape(module)
+        if self._source.info(f"{module}.weight_packed")[0] != torch.int32:
             raise UserError(
                 f"{module} of {self.name} is stored as FP4 ({self.block.get('format')}), which is not decoded; "
                 "quantize from the 16-bit checkpoint"
@@ -218,11 +216,14 @@ class DecodedSource:
         bits = self._bits(module)
         scale = _as_matrix(self._part(module, "weight_scale"), rows)
         zero = self._zero(module, bits, (rows, scale.shape[1]))
+        group = _in_turn(columns, -(-columns // scale.shape[1]))
         if f"{module}.weight_g_idx" in self._raw and (index := self._part(module, "weight_g_idx")).amin() >= 0:
             group = index.long()
-        else:
-            group = _in_turn(columns, -(-columns // scale.shape[1]))
-        return self._checked(module, Codes(_unpack(packed, bits, (rows, columns), 1), scale, zero, group))
+
+        def read() -> torch.Tensor:
+            return _unpack(self._part(module, "weight_packed"), bits, shape, 1)
+
+        return self._checked(module, Codes(shape, bits, read, scale, zero, group))
 
     def _zero(self, module: str, bits: int, shape: tuple[int, int]) -> torch.Tensor | None:
         if f"{module}.weight_zero_point" not in self._raw:
@@ -231,23 +232,26 @@ class DecodedSource:
         return _unpack(zero, bits, shape, 0) if zero.dtype == torch.int32 else _as_matrix(zero, shape[0])
 
     def _plain(self, module: str) -> Codes:
-        values = self._part(module, "weight")
-        if values.dtype not in (torch.int8, torch.float8_e4m3fn):
+        dtype, _ = self._source.info(f"{module}.weight") if f"{module}.weight" in self._raw else (None, ())
+        if dtype not in (torch.int8, torch.float8_e4m3fn):
             raise UserError(
-                f"{module}.weight of {self.name} has a scale but is {str(values.dtype).removeprefix('torch.')}, "
+                f"{module}.weight of {self.name} has a scale but is {str(dtype).removeprefix('torch.')}, "
                 "expected int8 or float8_e4m3fn; quantize from the 16-bit checkpoint"
             )
-        rows, columns = values.shape
+        rows, columns = shape = self._shape(module)
         leaf = "weight_scale" if f"{module}.weight_scale" in self._raw else "weight_scale_inv"
         scale, width = self._part(module, leaf), columns
-        if scale.ndim == 2 and scale.shape[0] not in (1, rows):  # a scale for each block of rows and columns
+        if scale.ndim == 2 and scale.shape[0] != rows and scale.numel() > 1:  # one for each block of rows and columns
             height, width = self._block_shape(module, scale)
             scale = scale.repeat_interleave(height, dim=0)[:rows]
         else:
             scale = _as_matrix(scale, rows)
             width = -(-columns // scale.shape[1])
         zero = self._zero(module, 8, (rows, scale.shape[1]))
-        return self._checked(module, Codes(values, scale, zero, _in_turn(columns, width)))
+        group, floating = _in_turn(columns, width), dtype == torch.float8_e4m3fn
+        return self._checked(
+            module, Codes(shape, 8, lambda: self._part(module, "weight"), scale, zero, group, floating)
+        )
 
     def _block_shape(self, module: str, scale: torch.Tensor) -> tuple[int, int]:
         shapes = {tuple(self.block["weight_block_size"])} if self.block.get("weight_block_size") else set()
@@ -269,8 +273,7 @@ class DecodedSource:
 
     def _checked(self, module: str, codes: Codes) -> Codes:
         """UserError when the parts of a layer do not fit each other."""
-        rows, columns = codes.values.shape
-        groups = codes.scale.shape[1]
+        (rows, columns), groups = codes.shape, codes.scale.shape[1]
         fits = codes.scale.shape[0] == rows and codes.group.shape == (columns,)
         fits = fits and (codes.zero is None or codes.zero.shape == codes.scale.shape)
         if not fits or int(codes.group.min()) < 0 or int(codes.group.max()) >= groups:
@@ -279,6 +282,20 @@ class DecodedSource:
                 f"{list(codes.scale.shape)}, groups up to {int(codes.group.max())}; fetch the checkpoint again"
             )
         return codes
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The linear layers of `source` (the decoder's names) whose codes are there to be taken over, as `layout` says."""
+
+    source: TensorSource
+    layout: QuantLayout
+
+    def codes(self, module: str, form: LinearFormat) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Codes int8 or e4m3 [N, K] and scale [N, G] of `module` where they are stored in `form`."""
+        if self.layout.format_of(module) != form:
+            return None
+        return self.source.tensor(f"{module}.weight_codes"), self.source.tensor(f"{module}.weight_scale")
 
 
 _KV = re.compile(r".*\.self_attn\.(?:[kvq]_scale|[kvq]_proj\.(?:output_scale|[kvq]_scale)|[kvq]_zero_point)")

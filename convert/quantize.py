@@ -10,6 +10,7 @@ a single layer cannot be quantized again alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,27 +20,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from lcconvert.convert.calibrate import SHARED_INPUT, Calibration, Reach, calibration_windows, load_layer
+from lcconvert.convert.calibrate import Calibration, Reach, calibration_windows, load_layer, shared_input
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.ct_layout import kv_scale_tensors, quantization_config
 from lcconvert.convert.gate import check_lengths, measure_loss, missed
+from lcconvert.convert.import_quantized import DecodedSource, Kept, decoded
 from lcconvert.convert.progress import progress
 from lcconvert.convert.provenance import made_with, named_source, origin, public_name
 from lcconvert.convert.quantize_config import QuantizeConfig
 from lcconvert.convert.reduce_config import ReduceConfig
+from lcconvert.convert.resume import HOW_TO_RESUME, made_by, resumable, source_identity
 from lcconvert.convert.round_layer import Groups, Rounding, round_layer
 from lcconvert.convert.round_to_nearest import FP8
 from lcconvert.convert.sensitivity import Part, sensitivities, within_budget
-from lcconvert.convert.writer import ShardWriter, new_folder, verify_folder, write_files
+from lcconvert.convert.shard_writer import ShardWriter
+from lcconvert.convert.writer import new_folder, verify_folder, write_files
 from lcconvert.runtime import sidecar as sidecars
 from lcconvert.runtime.errors import CheckFailed, UserError
 from lcconvert.runtime.kv_cache import read_scales
 from lcconvert.runtime.linear import LinearFormat, QuantLayout, matches
-from lcconvert.runtime.model import Decoder, check_finite
+from lcconvert.runtime.model import Decoder, Layer, check_finite
 from lcconvert.runtime.sidecar import AttentionPolicy, KVConfig, Sidecar
 from lcconvert.runtime.source import FolderSource, TensorSource
 from lcconvert.runtime.spec import ModelSpec
-from lcconvert.runtime.stored import as_stored, decoder_source
+from lcconvert.runtime.stored import as_stored, decoder_source, router_name
 from lcconvert.runtime.tokenizer import Tokenizer
 
 REPORT = "quantization.json"
@@ -49,35 +53,54 @@ _GROUPS = (128, 64, 32)
 def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
     """Writes the quantized artifact of `src` to the new folder `out` and returns it.
 
-    UserError (nothing written): a source already quantized, incomplete or with non-finite weights, a group size that
-    does not divide, too little calibration text. CheckFailed: what was written does not read back, or misses
+    `src` may be quantized already, by us or others (see `import_quantized`): layers stored as they will be are taken
+    over code by code. An unfinished run of the same command is gone on with.
+    UserError (nothing written): an incomplete source or non-finite weights, a group size that does not divide, too
+    little calibration text. CheckFailed: what was written does not read back, or misses
     a bar of the gate.
     """
     if config.reduce is not None:
         src, config = _reduced(src, out, config, config.reduce), config.model_copy(update={"reduce": None})
-    original = source = open_checkpoint(src)
+    original = source = decoded(open_checkpoint(src))
     plan = make_plan(source, config)
     plan, parts = _within_budget(source, plan, config)
+    text = b"" if plan.windows is None else plan.windows.numpy().tobytes()
+    made_of = {
+        "source": source_identity(src, source),
+        "calibration text": hashlib.sha256(text).hexdigest(),
+        "settings": config.model_dump(mode="json"),
+        "device": str(plan.device),
+        "version": made_by(),
+    }
     source = decoder_source(source, plan.spec)
-    with new_folder(out, need_bytes=plan.bytes) as folder:
-        writer = ShardWriter(folder, config.max_shard)
+    with (
+        new_folder(out, keep_on_stop=HOW_TO_RESUME, need_bytes=plan.bytes) as folder,
+        resumable(folder, made_of) as journal,
+    ):
+        stored, done = plan.stored, len(journal.layers)
+        finished = [name for name in stored if -1 < layer_of(name) < done]
+        writer = ShardWriter(folder, stored, config.max_shard, written=finished)
+        write_files(folder, plan.config_json, source.files)
         for name in plan.outside:
             writer.add(name, _read(source, name).to(plan.dtype))
-        report, alphas, kept = [], [], []
         with progress("quantize", plan.spec.num_layers, "layers") as bar:
-            for tensors, rows, reach in quantized_layers(source, plan, config):
+            bar.advance(done)
+            for tensors, rows, reach in quantized_layers(source, plan, config, folder, done):
                 for name, tensor in as_stored(plan.config_json, plan.spec, tensors.items()):
                     writer.add(name, tensor)
-                report += rows
+                writer.sync()
+                noted: dict[str, Any] = {"rows": rows}
                 if reach and reach.alpha is not None:
-                    alphas.append(reach.alpha.tolist())
-                    kept.append(reach.kept)
+                    noted |= {"alpha": reach.alpha.tolist(), "kept": reach.kept}
+                journal.add(noted)
                 bar.note(f"output error {max((row['output_error'] for row in rows), default=0.0):.2%}")
                 bar.advance()
         writer.close()
+        report = [row for layer in journal.layers for row in layer["rows"]]
+        alphas, kept = ([layer[key] for layer in journal.layers if key in layer] for key in ("alpha", "kept"))
         sidecar = _sidecar(src, source, plan, config, alphas)
         write_files(folder, plan.config_json, {**source.files, sidecars.NAME: sidecar.to_bytes()})
-        written = verify_folder(folder, plan.stored)
+        written = verify_folder(folder, stored)
         read_scales(written, plan.spec, plan.kv.scheme)  # refuses an absent or zero KV scale on disk
         summary = summarize(plan, report)
         summary["selector_kept"] = kept  # by layer: share of skippable key blocks read on the first sample
@@ -136,12 +159,13 @@ class Plan:
     """What will be written: decided before any work, and checked against the disk after it.
 
     `expected`: dtype and shape by tensor name. `outside`: the tensors of no layer. `dtype`: of all that stays 16 bit.
-    `windows`: calibration tokens int64 [S, T], or None.
+    `kept`: the layers that a quantized source stores as we do. `windows`: calibration tokens int64 [S, T], or None.
     """
 
     spec: ModelSpec
     form: LinearFormat
     layout: QuantLayout
+    kept: QuantLayout
     config_json: dict[str, Any]
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     outside: list[str]
@@ -165,21 +189,16 @@ class Plan:
 
 def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
     """Reads headers, config and tokenizer, no weights; every error that can be known now is raised now."""
-    if block := source.config.get("quantization_config"):
-        raise UserError(
-            f"{source.name} is already quantized ({block.get('quant_method', 'unknown method')}); "
-            "quantize from its 16-bit checkpoint"
-        )
     spec = ModelSpec.from_config(source.config)
+    kept = source.kept if isinstance(source, DecodedSource) else QuantLayout.from_config(source.config)
     source = decoder_source(source, spec)
     with torch.device("meta"):
         plain = Decoder(spec)
     _check_complete(source, plain)
-    ignore = ("lm_head", *config.ignore)
+    ignore = ("lm_head", *([rf"re:.*{router_name(source.config)}$"] if spec.routed else []), *config.ignore)
     form = LinearFormat("fp8")
     if config.variant == "flash":
-        joined = QuantLayout.from_config(source.config).joined
-        form = LinearFormat("int4", _group_size(plain, ignore, joined, config))
+        form = LinearFormat("int4", _group_size(plain, ignore, kept, config))
     kv = KVConfig(scheme=config.kv_scheme)
     # engines without our K8V4 pages keep K and V in fp8; vLLM refuses scales without the scheme they belong to
     block = quantization_config(form, ignore, wide=config.wide, fp8_kv=kv.scheme in ("fp8", "k8v4"))
@@ -200,8 +219,9 @@ def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
         spec=spec,
         form=form,
         layout=layout,
+        kept=kept,
         config_json=config_json,
-        expected=_expected(spec, layout, dtype, kv),
+        expected=_expected(source, spec, layout, kept, dtype, kv),
         outside=[name for name, _ in plain.named_parameters() if not name.startswith("model.layers.")],
         dtype=dtype,
         kv=kv,
@@ -213,18 +233,25 @@ def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
 
 
 def quantized_layers(
-    source: TensorSource, plan: Plan, config: QuantizeConfig
+    source: TensorSource, plan: Plan, config: QuantizeConfig, folder: Path, done: int
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[dict[str, Any]], Reach | None]]:
-    """For each layer in order: its tensors to write, an error row per linear layer, what calibration saw."""
+    """For each layer after the first `done`, which are in `folder`, in order: its tensors to write, an error row per
+    linear layer, what calibration saw."""
     calibration = None
     if plan.windows is not None:
         calibration = Calibration(source, plan.spec, plan.windows, plan.device)
     policy = plan.attention if plan.attention.kind == "hybrid" else None
-    rounding = Rounding(plan.layout, plan.dtype, config.damp if config.method == "gptq" else 0.0)
-    for number in range(plan.spec.num_layers):
+    kept = Kept(source, plan.kept)
+    rounding = Rounding(plan.layout, plan.dtype, config.damp if config.method == "gptq" else 0.0, kept)
+    written = decoder_source(decoded(FolderSource(folder)), plan.spec)
+    for number in range(0 if calibration else done, plan.spec.num_layers):
         layer = load_layer(source, plan.spec, number, plan.device)
+        if number < done:
+            assert calibration is not None
+            _pass_again(layer, load_layer(written, plan.spec, number, plan.device), calibration, rounding)
+            continue
         found: list[Reach] = []
-        groups: Groups = ((names, None) for names in SHARED_INPUT)
+        groups: Groups = ((names, None) for names in shared_input(layer))
         if calibration:
             groups = calibration.walk(layer, policy, config.attention_mass, found.append)
         tensors, rows = round_layer(layer, f"model.layers.{number}", groups, rounding)
@@ -233,6 +260,15 @@ def quantized_layers(
             assert reach is not None
             tensors |= kv_scale_tensors(number, reach.k_scale, reach.v_scale)
         yield tensors, rows, reach
+
+
+@torch.no_grad()
+def _pass_again(layer: Layer, rounded: Layer, calibration: Calibration, rounding: Rounding) -> None:
+    """Takes the samples through `layer` as when it was `rounded`."""
+    for names, _ in calibration.walk(layer, None, 1.0, lambda _: None):
+        for name in names:
+            if rounding.layout.format_of(f"model.layers.{layer.number}.{name}"):
+                layer.get_parameter(f"{name}.weight").copy_(rounded.get_parameter(f"{name}.weight"))
 
 
 def summarize(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -299,10 +335,8 @@ def _check_whole(layout: QuantLayout, patterns: tuple[str, ...]) -> None:
                 raise UserError(f"{pattern} names {part}, which this family stores within {whole}; name that instead")
 
 
-def _group_size(
-    plain: Decoder, ignore: tuple[str, ...], joined: tuple[tuple[str, str], ...], config: QuantizeConfig
-) -> int:
-    probe = QuantLayout(((("Linear",), LinearFormat("int4", 1)),), (*ignore, *config.wide), joined)
+def _group_size(plain: Decoder, ignore: tuple[str, ...], kept: QuantLayout, config: QuantizeConfig) -> int:
+    probe = QuantLayout(((("Linear",), LinearFormat("int4", 1)),), (*ignore, *config.wide), kept.joined)
     widths = {n: m.in_features for n, m in plain.named_modules() if isinstance(m, nn.Linear) and probe.format_of(n)}
     if not widths:
         raise UserError(
@@ -316,7 +350,7 @@ def _group_size(
                     "give a multiple of 8 that divides them, or leave it out to have one chosen"
                 )
         return config.group_size
-    for size in _GROUPS:
+    for size in (*sorted({form.group_size for _, form in kept.groups if form.kind == "int4"}), *_GROUPS):
         if all(width % size == 0 for width in widths.values()):
             return size
     odd = next(name for name, width in widths.items() if width % _GROUPS[-1])
@@ -327,7 +361,7 @@ def _group_size(
 
 
 def _expected(
-    spec: ModelSpec, layout: QuantLayout, dtype: torch.dtype, kv: KVConfig
+    source: TensorSource, spec: ModelSpec, layout: QuantLayout, kept: QuantLayout, dtype: torch.dtype, kv: KVConfig
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Every tensor of the artifact, from the model that will load it."""
     with torch.device("meta"):
@@ -335,9 +369,17 @@ def _expected(
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
         fixed = tensor.dtype if tensor.dtype in (torch.int32, torch.int64, FP8) else dtype
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight_scale" and (form := layout.format_of(module)) and form == kept.format_of(module):
+            fixed = source.info(name)[0]
         expected[name] = (fixed, tuple(tensor.shape))
     if kv.scheme in ("fp8", "k8v4"):
         for number in range(spec.num_layers):
             for which in ("k_scale", "v_scale"):
                 expected[f"model.layers.{number}.self_attn.{which}"] = (torch.float32, (spec.num_kv_heads,))
-    return expected
+    return dict(sorted(expected.items(), key=lambda item: layer_of(item[0])))  # shards are filled layer by layer
+
+
+def layer_of(name: str) -> int:
+    """The layer that the tensor `name` is of; -1 for those of none."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1

@@ -16,6 +16,7 @@ import torch
 from lcconvert.convert.calibrate import Moments
 from lcconvert.convert.ct_layout import fp8_tensors, int4_tensors
 from lcconvert.convert.gptq import factorize, quantize_gptq
+from lcconvert.convert.import_quantized import Kept
 from lcconvert.convert.round_to_nearest import FP8, dequantize, quantize_fp8, quantize_rtn, to_fp8_grid, to_int4_grid
 from lcconvert.runtime.linear import LinearFormat, QuantLayout
 from lcconvert.runtime.model import Layer
@@ -26,11 +27,13 @@ UNFACTORED = "rtn (the calibration moments do not factorize)"
 
 @dataclass(frozen=True)
 class Rounding:
-    """`dtype`: of scales and of all that stays plain. `damp`: see `factorize`; 0 only rounds to nearest."""
+    """`dtype`: of scales and of all that stays plain. `damp`: see `factorize`; 0 only rounds to nearest. `kept`: what
+    is taken over unrounded."""
 
     layout: QuantLayout
     dtype: torch.dtype
     damp: float
+    kept: Kept | None = None
 
 
 @torch.no_grad()
@@ -46,6 +49,12 @@ def round_layer(
     rows: list[dict[str, Any]] = []
     for names, moments in groups:
         forms = {name: form for name in names if (form := rounding.layout.format_of(f"{prefix}.{name}"))}
+        for name, form in list(forms.items()):
+            full = f"{prefix}.{name}"
+            if rounding.kept and (stored := rounding.kept.codes(full, form)):
+                tensors |= (int4_tensors if form.kind == "int4" else fp8_tensors)(full, *stored)
+                rows.append({"name": full, "method": "kept", "output_error": 0.0, "sqnr_db": None})
+                del forms[name]
         for form in dict.fromkeys(forms.values()):
             wanted = [name for name in names if forms.get(name) == form]
             originals = [layer.get_parameter(f"{name}.weight") for name in wanted]

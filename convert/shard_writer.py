@@ -66,8 +66,8 @@ class ShardWriter:
         if count > 1:
             total = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in expected.values())
             shard_of = {name: self._paths[place.shard].name for name, place in self._places.items()}
-            content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
-            index.write_text(json.dumps(content, indent=2) + "\n")
+            table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
+            index.write_text(json.dumps(table, indent=2) + "\n")
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Writes one tensor of any device, which is free again when this returns."""

@@ -1,7 +1,8 @@
 """Writes a checkpoint folder so that it either exists whole under its name or not at all.
 
 Everything goes into `NAME.partial` beside the target and is renamed when the block ends; a failed or stopped command
-removes it, or keeps it where the command can resume, and says which. `verify_folder` re-reads what was written, and a
+removes it, or keeps it where the command can resume, and says which. The file `RESUME` in it, which may tell how far a
+command came, goes last, so that a kill at any moment can be resumed. `verify_folder` re-reads what was written, and a
 folder with a sidecar ends with the hashes of its files in it.
 The surprising rule: a write error that means "disk full" reaches us in many spellings (OSError, Rust, torch's zip
 writer, numpy without errno), so it is recognised here once and becomes one sentence.
@@ -21,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from lcconvert.convert.hashing import record_files
+from lcconvert.convert.hashing import RESUME, record_files
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
 from lcconvert.runtime.source import FolderSource
 from lcconvert.runtime.units import format_bytes
@@ -54,8 +54,9 @@ def new_folder(out: Path, *, keep_on_stop: str | None = None, need_bytes: int = 
     lock = _lock(partial)
     try:
         if keep_on_stop is None:
-            _empty(partial)
-        if (free := shutil.disk_usage(partial).free) < need_bytes:
+            empty_folder(partial)
+        held = sum(path.lstat().st_blocks * 512 for path in partial.rglob("*"))  # by an attempt that is resumed
+        if (free := shutil.disk_usage(partial).free + held) < need_bytes:
             raise UserError(
                 f"{out.parent} has {format_bytes(free)} free, {format_bytes(need_bytes)} are needed; "
                 "free some space or choose another output folder"
@@ -64,6 +65,7 @@ def new_folder(out: Path, *, keep_on_stop: str | None = None, need_bytes: int = 
         record_files(partial)
         _flush(partial)
         partial.rename(out)
+        (out / RESUME).unlink(missing_ok=True)
     except BaseException as error:
         left = _leave(partial, created, keep_on_stop)
         if isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
@@ -110,7 +112,8 @@ def _lock(folder: Path) -> int:
     return handle
 
 
-def _empty(folder: Path) -> None:
+def empty_folder(folder: Path) -> None:
+    """Removes everything in `folder`."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -120,7 +123,7 @@ def _empty(folder: Path) -> None:
 
 def _leave(partial: Path, created: list[Path], keep_on_stop: str | None) -> str:
     """Removes the partial folder, or keeps it where there is something to resume; returns the clause that says so."""
-    if keep_on_stop is not None and any(partial.iterdir()):
+    if keep_on_stop is not None and partial.is_dir() and any(partial.iterdir()):
         return f"{partial} is kept: {keep_on_stop}"
     shutil.rmtree(partial, ignore_errors=True)
     for folder in created:
@@ -145,67 +148,6 @@ def _disk_full(error: BaseException | None) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL_ERRNO
     return bool(_FULL_TEXT.search(str(error)))
-
-
-class ShardWriter:
-    """Collects tensors and writes them as safetensors shards of at most `max_shard_bytes`.
-
-    A larger tensor gets a shard of its own. Holds at most one shard in memory. `close` gives the files their final
-    names and writes the index; a single shard is `model.safetensors` and has none. Shards that an earlier, unfinished
-    attempt left in `folder` are removed first.
-    """
-
-    def __init__(self, folder: Path, max_shard_bytes: int = 5 * 10**9):
-        self._folder, self._limit = folder, max_shard_bytes
-        self._waiting: dict[str, torch.Tensor] = {}
-        self._waiting_bytes = 0
-        self._shards: list[list[str]] = []  # tensor names of each written shard
-        self._sizes: dict[str, int] = {}
-        for stale in [
-            *folder.glob("model*.safetensors"),
-            *folder.glob("*.shard"),
-            *folder.glob("*.safetensors.index.json"),
-        ]:
-            stale.unlink()
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes one tensor of any device; it must not be changed until the next `add` or `close` returns."""
-        if name in self._sizes:
-            raise ValueError(f"tensor {name} was added twice")
-        tensor = tensor.detach().to("cpu").contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # a view would keep all of its base in memory, and safetensors refuses it
-        if self._waiting and self._waiting_bytes + tensor.nbytes > self._limit:
-            self._write()
-        self._waiting[name] = tensor
-        self._waiting_bytes += tensor.nbytes
-        self._sizes[name] = tensor.nbytes
-
-    def close(self) -> None:
-        self._write()
-        count = len(self._shards)
-        final = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        if count == 1:
-            final = ["model.safetensors"]
-        for i, name in enumerate(final):
-            self._temporary(i).chmod(0o644)  # safetensors makes files that only their owner reads
-            self._temporary(i).rename(self._folder / name)
-        if count > 1:
-            weight_map = {tensor: final[i] for i, names in enumerate(self._shards) for tensor in names}
-            index = {
-                "metadata": {"total_size": sum(self._sizes.values())},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-    def _write(self) -> None:
-        if self._waiting:
-            save_file(self._waiting, self._temporary(len(self._shards)), metadata={"format": "pt"})
-            self._shards.append(list(self._waiting))
-            self._waiting, self._waiting_bytes = {}, 0
-
-    def _temporary(self, i: int) -> Path:
-        return self._folder / f"{i:05d}.shard"
 
 
 def write_files(folder: Path, config: Mapping[str, Any], files: Mapping[str, bytes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -89,6 +90,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # a child would wait for threads that a fork does not copy
     )
     assert result.returncode == 0, result.stderr
     steps = [line.split() for line in result.stdout.splitlines()]
