@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lcconvert.convert.results import Needles, Perplexity, Report
+from lcconvert.convert.results import Needles, Perplexity, Report, Tasks
 from lcconvert.runtime.sidecar import Sidecar
 from lcconvert.runtime.units import format_bytes, format_count
 
@@ -178,6 +178,8 @@ def _measured(facts: CardFacts) -> str:
         f"{format_bytes(report.kv_bytes_per_token)} per token.",
     ]
     parts += [_needles(needles) for needles in report.needles]
+    if report.tasks is not None:
+        parts.append(_tasks(report.tasks))
     if report.perplexity is not None:
         parts.append(_perplexity(report.perplexity))
     if (agreement := report.agreement) is not None:
@@ -226,6 +228,25 @@ def _needles(needles: Needles) -> str:
         + _table(["context", "found", "95% interval"], rows)
         + f"\n\nAsked {control.n} times about a key that is not in the text, it stayed silent {control.silent} times."
     )
+
+
+def _tasks(tasks: Tasks) -> str:
+    lengths = sorted({cell.length for cell in tasks.cells})
+    rows = [
+        [
+            name,
+            *(
+                f"{cell.strict}/{cell.n}" if cell.n else cell.state
+                for length in lengths
+                for cell in tasks.cells
+                if (cell.task, cell.length) == (name, length)
+            ),
+            f"{kept:,}" if kept else "none",
+        ]
+        for name, kept in tasks.effective.items()
+    ]
+    head = ["task", *(f"{length:,}" for length in lengths), f"keeps {tasks.keep:.0%} to"]
+    return f"Tasks, right by the strict rule, {tasks.samples} samples a length:\n\n" + _table(head, rows)
 
 
 def _perplexity(perplexity: Perplexity) -> str:

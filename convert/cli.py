@@ -407,7 +407,7 @@ def generate_command(src: str, **options: Any) -> None:
 @click.option("--endpoint", help="URL of an OpenAI-compatible server that answers the tasks instead of SRC.")
 @click.option("--endpoint-api", help="completions (token ids, default) or chat.")
 @click.option("--endpoint-model", help="Model name there; default: the first it lists.")
-@click.option("--max-seconds", type=float, help="Start no needle or task context that would end later.")
+@click.option("--max-time", help="Start no needle or task context that would end later than, say, 12m.")
 @click.option("--seed", type=int)
 @device_option
 def validate_command(src: str, out: Path | None, **options: Any) -> None:
@@ -418,7 +418,14 @@ def validate_command(src: str, out: Path | None, **options: Any) -> None:
     listed = ("lengths", "depths", "wordings", "tasks")
     lists = {name: tuple(options[name].split(",")) for name in listed if options[name]}
     config = make_config(ValidateConfig, options | lists, "validate")
-    from lcconvert.convert.compare import comparison_table, render_claim, render_needles, render_table, render_tasks
+    from lcconvert.convert.compare import (
+        comparison_table,
+        left_out,
+        render_claim,
+        render_needles,
+        render_table,
+        render_tasks,
+    )
     from lcconvert.convert.validate import validate
 
     report = validate(src, out, config)
@@ -429,6 +436,8 @@ def validate_command(src: str, out: Path | None, **options: Any) -> None:
         click.echo(render_needles(report))
     if report["tasks"] is not None:
         click.echo(render_tasks(report))
+    if skipped := left_out(report):
+        click.echo(f"left out: {'; '.join(skipped)}")
 
 
 @cli.command(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lcconvert.convert.results import Report, TaskCell
+from lcconvert.convert.results import NeedleLength, Report, TaskCell
 from lcconvert.runtime.units import format_bytes, format_count
 
 _WINDOW = 2048  # tokens of the perplexity column
@@ -89,6 +89,19 @@ def render_claim(report: dict[str, Any]) -> str:
         return format_count(length) if length else "no length"
 
     return f"validated by needles: {said(claim.validated)}; by perplexity alone: {said(claim.by_perplexity)}"
+
+
+def left_out(report: dict[str, Any]) -> list[str]:
+    """What was asked for and not measured, with the reason: one item for each kind of question."""
+    whole = Report.model_validate(report)
+    gaps: dict[tuple[str, str], list[str]] = {}
+    rows: list[tuple[str, NeedleLength | TaskCell]]
+    rows = [(f"needles ({needles.wording})", row) for needles in whole.needles for row in needles.by_length]
+    rows += [(cell.task, cell) for cell in whole.tasks.cells] if whole.tasks else []
+    for name, row in rows:
+        if row.state != "measured":
+            gaps.setdefault((name, row.state), []).append(format_count(row.length))
+    return [f"{name} at {', '.join(lengths)} ({state})" for (name, state), lengths in gaps.items()]
 
 
 def render_needles(report: dict[str, Any]) -> str:

@@ -92,7 +92,7 @@ def validate(src: str, out: Path | None, config: ValidateConfig) -> dict[str, An
         steps += key_window(config.perplexity_context, subject.native_context) is not None
     steps += sum(len(context.puzzle.questions) for context in planned) + (3 if reference else 0)
     steps += len(list(questions.cases()))
-    deadline = started + config.max_seconds if config.max_seconds else None
+    deadline = started + config.max_time if config.max_time else None
 
     with _open_log(out) as log, progress("validate", steps, "results") as bar:
         compared = _Comparison(subject, reference, text, config, base, log, bar.advance) if reference else None
@@ -166,7 +166,7 @@ def _validate_endpoint(
     # how the server computes is not known here
     shared = {name: base[name] for name in ("artifact", "haystack", "lcconvert")}
     base = {**shared, "endpoint": target.model, "api": target.api}
-    deadline = started + config.max_seconds if config.max_seconds else None
+    deadline = started + config.max_time if config.max_time else None
     with _open_log(out) as log, progress("validate", len(list(questions.cases())), "results") as bar:
         oom = run_tasks(target, counter, questions, base, log, bar.advance, deadline)
         tasks = tally_tasks(questions, counter, base, log, oom)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lcconvert.runtime.errors import UserError
-from lcconvert.runtime.units import parse_count
+from lcconvert.runtime.units import parse_count, parse_seconds
 
 Tokens = Annotated[int, BeforeValidator(lambda value: parse_count(value, "token count")), Field(ge=1)]
 TaskName = Literal[
@@ -67,7 +67,8 @@ class ValidateConfig(BaseModel):
     against: a reference checkpoint to compare with on `agreement_tokens` tokens, `decode_tokens` of them decoded;
     `against_attention` is its policy, so that an artifact can be compared with itself read densely.
     beside: report folders of other runs, such as those of the source, whose scores and costs are drawn beside these.
-    max_seconds: start no further needle or task context that would end later than this.
+    max_time: seconds ("12m") in which the run should end: no needle or task context is started that would take longer,
+    by a cost model fitted to what was measured so far; what is left out is said.
     tasks: what else is asked at every length, `task_samples` times: RULER's eleven synthetic tasks; qa, about the
     documents of `qa_file`; kv (key-value lookup by position); graphwalks; copy (of repeated words); mrcr (which of
     several answers to one request); nolima (no word in common); and code_defines and code_callers, about the Python
@@ -107,7 +108,7 @@ class ValidateConfig(BaseModel):
     beside: tuple[Path, ...] = ()
     seed: int = 0
     device: str | None = None
-    max_seconds: float | None = Field(None, gt=0)
+    max_time: Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)] | None = None
     thresholds: Thresholds = Thresholds()
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from markdown_it import MarkdownIt
 from reports import tiny_report
 
 from lcconvert.convert.card import CardFacts, eval_results, model_card
+from lcconvert.convert.results import TaskCell, TaskControl, Tasks
 from lcconvert.runtime.sidecar import AttentionPolicy, ContextClaim, KVConfig, Sidecar
 
 
@@ -105,6 +106,21 @@ def test_measured_tables() -> None:
     ):
         assert expected in text, expected
     assert "long_factor" not in text  # a table of 64 numbers is not for reading
+
+
+def test_tasks_have_a_table() -> None:
+    cells = [
+        TaskCell(task="vt", length=4096, state="measured", n=5, score=0.9, strict=4, thirds=[]),
+        TaskCell(task="vt", length=8192, state="out of memory", thirds=[]),
+    ]
+    tasks = Tasks(
+        wording="1", prompt="chat", samples=5, metrics={"vt": "all"}, max_new_tokens={"vt": 30}, source_tree=None,
+        qa_file=None, keep=0.85, cells=cells, effective={"vt": 4096},
+        control=TaskControl(n=0, silent=0, invented=0, other=0),
+    )  # fmt: skip
+    text = model_card(facts(report=tiny_report("ab" * 32).model_copy(update={"tasks": tasks})))
+    assert "| task | 4,096 | 8,192 | keeps 85% to |" in text
+    assert "| vt | 4/5 | out of memory | 4,096 |" in text
 
 
 def test_unvalidated_artifact_claims_nothing() -> None:

@@ -16,6 +16,7 @@ from tiny import write_tiny
 
 from lcconvert.convert import perplexity
 from lcconvert.convert.claim import checks, context_claim, perplexity_claim, write_claim
+from lcconvert.convert.compare import left_out
 from lcconvert.convert.hashing import artifact_hash
 from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.needles import ask
@@ -227,7 +228,8 @@ def test_nan_logits_are_counted_as_errors(artifact: Path, tmp_path: Path, monkey
 
 
 def test_a_time_limit_leaves_out_what_it_names(artifact: Path, tmp_path: Path) -> None:
-    result = validate(str(artifact), tmp_path, config(perplexity_context=None, max_seconds=1e-6))
+    result = validate(str(artifact), tmp_path, config(perplexity_context=None, max_time=1e-6))
+    assert left_out(result) == ["needles (heldout) at 1K, 2K (not run)"]
     assert [row["state"] for row in result["needles"][0]["by_length"]] == ["not run", "not run"]
     assert "not run" in (tmp_path / "report.html").read_text()
 

@@ -16,7 +16,7 @@ import pytest
 from serving import running, tiny_engine
 from tiny import write_tiny
 
-from lcconvert.convert.compare import render_tasks
+from lcconvert.convert.compare import left_out, render_tasks
 from lcconvert.convert.endpoint import Asker, Endpoint
 from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.needles import Answer
@@ -111,8 +111,9 @@ def test_known_answers_in_the_report(counter: Counter, tmp_path: Path) -> None:
 
 def test_out_of_memory_and_out_of_time_are_states(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = SETTINGS | {"tasks": ("kv",), "task_samples": 1}
-    late = validate(str(model), tmp_path / "late", ValidateConfig(**settings, max_seconds=1e-6))
+    late = validate(str(model), tmp_path / "late", ValidateConfig(**settings, max_time="0.001s"))
     assert [cell["state"] for cell in late["tasks"]["cells"]] == ["not run", "not run"]
+    assert left_out(late) == ["kv at 1536, 2K (not run)"]
     prefill = Engine.prefill
 
     def limited(engine: Engine, seq: Any, ids: list[int], **options: Any) -> Any:
