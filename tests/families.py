@@ -1,21 +1,35 @@
-"""One row for each model family: the tiny random checkpoint that transformers writes of it.
+"""One row for each model family: the tiny random checkpoint that transformers writes of it, and what becomes of it.
 
 Small enough that windows end, pages close and layers differ within a few hundred tokens. Test files that hold
-something for every family take their rows from here.
+something for every family take their rows from here, and so does the README's table: `python tests/families.py`.
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import conftest  # noqa: F401  puts lcconvert on the path, also for `python tests/families.py`
 import torch
 import transformers
 from tiny import write_tokenizer
 
+from lcconvert.convert.export import ExportConfig, export
+from lcconvert.convert.extend import ExtendConfig, extend
+from lcconvert.convert.gguf_export import check_expressible
+from lcconvert.convert.inspect import inspect
+from lcconvert.convert.quantize import quantize
+from lcconvert.convert.quantize_config import QuantizeConfig
+from lcconvert.runtime.engine import Engine
+from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.source import FolderSource
+from lcconvert.runtime.spec import ModelSpec
+
 WINDOW = 150  # tokens: more than a page, no multiple of one
+CONTEXT = 8_192
 TOKENS = 390
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -89,6 +103,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "phi3-plain": ("phi3", {}),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
     "phi4": ("phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 64}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
@@ -142,3 +157,77 @@ def written(row: str, root: Path) -> Written:
     ids = torch.randint(4, 260, (1, TOKENS), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         return Written(folder, oracle, ids[0].tolist(), oracle(ids).logits[0])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb made of a row's checkpoint: the folder if it writes one, or the sentence it refused with."""
+
+    folder: Path | None = None
+    refused: str = ""
+
+
+VERBS = ("inspect", "extend", "quantize", "serve", "onnx", "gguf")
+
+
+@cache
+def outcome(row: str, verb: str, root: Path) -> Outcome:
+    """Tried once a session."""
+    model = written(row, root)
+    source, out = str(model.folder), root / f"{row}-{verb}"
+    try:
+        match verb:
+            case "inspect":
+                inspect(source)
+            case "extend":
+                spec = ModelSpec.from_config(FolderSource(model.folder).config)
+                method = "linear" if spec.rope.kind == "linear" else "theta"
+                return Outcome(extend(source, out, ExtendConfig(context=CONTEXT, method=method, device="cpu")))
+            case "quantize":
+                return Outcome(quantize(source, out, QuantizeConfig(samples=0, kv="bf16", attention="dense")))
+            case "serve":
+                engine = Engine.load(FolderSource(model.folder), device="cpu")
+                engine.prefill(engine.new_sequence(), model.ids[:8])
+            case "onnx":
+                settings = ExportConfig(format="onnx", precision="fp32", max_length=512, compare="always")
+                return Outcome(export(source, out, settings))
+            case "gguf":
+                check_expressible(ModelSpec.from_config(FolderSource(model.folder).config), source)
+    except UserError as error:
+        return Outcome(refused=str(error))
+    return Outcome()
+
+
+# what people call it -> its plain row, and rows of its variants by what sets them apart
+TABLE: dict[str, tuple[str, dict[str, str]]] = {
+    "Llama 2, 3, 3.1 to 3.3": ("llama-3.1", {}),
+    "Mistral": ("mistral", {"a window": "mistral-window"}),
+    "Mixtral": ("mixtral", {}),
+    "Qwen2, Qwen2.5": ("qwen2", {"a window": "qwen2-window"}),
+    "Qwen3": ("qwen3", {}),
+    "Qwen3-MoE": ("qwen3-moe", {}),
+    "Phi-3, Phi-4": ("phi3-plain", {"a window": "phi3", "LongRoPE": "phi4"}),
+    "SmolLM3": ("smollm3", {}),
+    "OLMo 2": ("olmo2", {}),
+    "OLMo 3": ("olmo3", {}),
+    "GLM-4": ("glm4", {}),
+    "Gemma 3 (text)": ("gemma3", {}),
+}
+
+
+def table(root: Path) -> str:
+    """Markdown: family by verb, as `outcome` found it."""
+    lines = ["| family | " + " | ".join(VERBS) + " |", "|---" * (1 + len(VERBS)) + "|"]
+    for name, (plain, variants) in TABLE.items():
+        cells = []
+        for verb in VERBS:
+            without = [what for what, row in variants.items() if outcome(row, verb, root).refused]
+            cell = "no" if outcome(plain, verb, root).refused else "yes"
+            cells.append(f"yes, not with {' or '.join(without)}" if without and cell == "yes" else cell)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        print(table(Path(folder)))
