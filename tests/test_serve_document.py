@@ -54,6 +54,8 @@ def check_one(operation, url: str, seen: Counter[str], count: int):  # type: ign
     def send(case) -> None:  # type: ignore[no-untyped-def]
         if isinstance(case.body, dict) and "completions" in operation.path:
             case.body["max_tokens"] = 2  # an answer of a thousand tokens would tell no more
+            if isinstance(case.body.get("timeout"), float | int) and 0 < case.body["timeout"] < 60:
+                case.body["timeout"] = 60  # 504 is the right answer to one that is over at once
         reply = case.call(base_url=url, timeout=60)
         case.validate_response(reply, excluded_checks=[schemathesis.checks.positive_data_acceptance])
         seen[f"{operation.label} {reply.status_code}"] += 1
