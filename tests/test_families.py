@@ -44,6 +44,7 @@ def worst(engine: Engine, ids: list[int], theirs: torch.Tensor) -> float:
     """Largest logit difference over a prefill, one that goes on, and decode steps across a page's end (at 384)."""
     engine.chunk = 128
     seq = engine.new_sequence()
+    theirs = theirs.to(engine.device)
     found = [engine.prefill(seq, ids[:300]) - theirs[299]]
     found.append(engine.logits(engine.prefill(seq, ids[300:380], want="all")) - theirs[300:380])
     found += [engine.decode(seq, ids[at]) - theirs[at] for at in range(380, TOKENS)]
@@ -86,16 +87,18 @@ def test_logits_equal_transformers(model: Written) -> None:
     assert (at_once - model.logits).abs().max() <= 1e-4
 
 
-def test_16_bit_is_as_close_as_transformers(model: Written, tmp_path: Path) -> None:
-    """Both from bfloat16 weights, against their float32 result: here in bfloat16 no further off than transformers."""
+@pytest.mark.parametrize(("device", "room"), [("cpu", 1.25), pytest.param("cuda", 2.0, marks=pytest.mark.gpu)])
+def test_16_bit_is_as_close_as_transformers(model: Written, tmp_path: Path, device: str, room: float) -> None:
+    """Both from bfloat16 weights, against their float32 result: here in bfloat16 hardly further off than transformers
+    on a CPU. On a GPU the decode steps are CUDA graphs where the family allows them."""
     copy.deepcopy(model.oracle).bfloat16().save_pretrained(tmp_path)
     ids = torch.tensor([model.ids])
     theirs, exact = (_read(tmp_path, dtype)(ids).logits[0].float() for dtype in (torch.bfloat16, torch.float32))
     wide = load_decoder(FolderSource(tmp_path))
-    narrow = Engine.load(FolderSource(tmp_path), device="cpu", dtype=torch.bfloat16)
+    narrow = Engine.load(FolderSource(tmp_path), device=device, dtype=torch.bfloat16)
     with torch.no_grad():
         assert (wide.logits(wide(ids))[0] - exact).abs().max() <= 1e-4
-    assert worst(narrow, model.ids, exact) <= 1.25 * float((theirs - exact).abs().max())
+    assert worst(narrow, model.ids, exact) <= room * float((theirs - exact).abs().max())
 
 
 def test_flash(row: str, families_root: Path, tmp_path: Path) -> None:
