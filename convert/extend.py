@@ -29,7 +29,7 @@ from lcconvert.convert.extend_plan import Cost, card_here, card_named, fit_time,
 from lcconvert.convert.haystack import Haystack
 from lcconvert.convert.import_quantized import DecodedSource
 from lcconvert.convert.license import source_license
-from lcconvert.convert.parallel import start_process
+from lcconvert.convert.parallel import sharding_asked, start_process
 from lcconvert.convert.provenance import made_with, named_source, public_name
 from lcconvert.convert.rope_methods import extend_rope
 from lcconvert.convert.shard_writer import Form, ShardWriter
@@ -108,11 +108,11 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
     return Path(out)
 
 
-def dry_run(src: str, config: ExtendConfig, card: str) -> str:
-    """What `extend` would do on a card of that name, for a terminal; UserError for what it would refuse."""
+def dry_run(src: str, config: ExtendConfig, card: str, cards: int = 1) -> str:
+    """What `extend` would do on so many cards of that name, for a terminal; UserError for what it would refuse."""
     _, spec, rope = _stretch(src, config)
     chosen = card_named(card)
-    cost = Cost(spec, fit_time(config, spec, chosen), chosen)
+    cost = Cost(spec, fit_time(config, spec, chosen, cards), chosen, cards)
     cost.check_fits()
     return render(cost, rope)
 
@@ -193,15 +193,15 @@ def _planned(config: ExtendConfig, spec: ModelSpec, device: torch.device, device
             raise UserError(f"max_time plans by the speed of a GPU and this runs on {device}; give fewer steps instead")
         return config
     card = card_here(device)
-    Cost(spec, config, card, devices).check_fits()
-    return fit_time(config, spec, card, devices)
+    Cost(spec, config, card, devices, sharding_asked()).check_fits()
+    return fit_time(config, spec, card, devices, sharding_asked())
 
 
 def _loaded_dtype(config: ExtendConfig, spec: ModelSpec, process: PartialState) -> torch.dtype:
     """Half of the memory where no weight will be trained in float32 on the device."""
     if not config.plan:
         return torch.bfloat16
-    cost = Cost(spec, config, card_here(process.device), process.num_processes)
+    cost = Cost(spec, config, card_here(process.device), process.num_processes, sharding_asked())
     return loaded_dtype(config, process.device, cost.host_optimizer)
 
 

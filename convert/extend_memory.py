@@ -56,7 +56,8 @@ class Memory:
     device: int
     host: int
     host_optimizer: bool
-    devices: int = 1  # that share every batch; each holds all weights
+    devices: int = 1  # that share every batch
+    sharded: bool = False  # weights, gradients and moments are too, but for those of the layer at work and the ends
 
     @property
     def size(self) -> int:
@@ -112,6 +113,9 @@ class Memory:
         """Weights and moments on the device, gradients apart, and the original model where rows are replayed."""
         frozen = self.spec.parameters() + self.spec.num_layers * self._adapters - self.trained
         held = self.size * frozen + (self.size if self.host_optimizer else 12) * self.trained
+        if self.sharded:
+            layer = (self.spec.parameters() - self.ends) // self.spec.num_layers
+            held = held // self.devices + 4 * (3 * layer + 2 * self.ends)  # one at work, its gradient, the next one
         replayed = any(stage.replay_share for stage in self.config.plan)
         return held + replayed * self.size * self.spec.parameters() + _LIBRARIES
 
@@ -135,8 +139,8 @@ class Memory:
         if stage.questions and stage.replay_share:
             tokens += REPLAY_ROW
         tokens = -(-tokens // self.devices)
-        held = self._weights + self._gradient * self.trained
-        if size == 2 and not self.host_optimizer:
+        held = self._weights + self._gradient * self.trained // (self.devices if self.sharded else 1)
+        if size == 2 and not self.host_optimizer and not self.sharded:
             held += size * self.trained  # autocast keeps the weights in 16 bit too
         if stage.questions:  # keys and values of the text, its hidden states, and gradients of one layer's keys
             held += stage.seq_len * (2 * size * spec.kv_size * (spec.num_layers + 1) + 4 * spec.hidden_size)

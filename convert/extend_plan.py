@@ -12,6 +12,7 @@ believed.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -54,13 +55,12 @@ def card_here(device: torch.device) -> Card:
 
 
 def host_memory() -> int:
-    """Bytes of this machine, or of the container that this process is confined to."""
+    """Bytes of this machine, or of the container that this process is confined to, for one of its processes."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
+    with suppress(OSError):
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
+        total = min(total, int(limit)) if limit.isdigit() else total
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as the launcher of several says
 
 
 def card_named(name: str) -> Card:
@@ -77,6 +77,7 @@ class Cost:
     config: ExtendConfig
     card: Card
     devices: int = 1
+    sharded: bool = False  # FSDP
 
     def step_seconds(self, stage: Stage) -> float:
         """One optimizer step, or one text and all updates about it."""
@@ -109,7 +110,7 @@ class Cost:
         asking = stage.questions * QUESTION_TOKENS * length * 2 * 3.5 * attention / _ASK_RATE
         replayed = -(-stage.questions // stage.batch_size) * REPLAY_ROW * bool(stage.replay_share)
         replaying = 10 * spec.parameters() * replayed / self.card.linear
-        return reading + (asking + replaying) / self.devices
+        return (reading + asking + replaying) / self.devices
 
     @cached_property
     def host_optimizer(self) -> bool:
@@ -128,7 +129,9 @@ class Cost:
         return self._memory(False).trained
 
     def _memory(self, host_optimizer: bool) -> Memory:
-        return Memory(self.spec, self.config, self.card.memory, self.card.host, host_optimizer, self.devices)
+        return Memory(
+            self.spec, self.config, self.card.memory, self.card.host, host_optimizer, self.devices, self.sharded
+        )
 
     def longest(self, stage: Stage) -> int:
         """The longest seq_len, in whole _GRAIN tokens and one window at a time, that fits; 0 when none does."""
@@ -166,12 +169,14 @@ class Cost:
         return sum(stage.steps * self.step_seconds(stage) for stage in self.config.plan)
 
 
-def fit_time(config: ExtendConfig, spec: ModelSpec, card: Card, devices: int = 1) -> ExtendConfig:
+def fit_time(
+    config: ExtendConfig, spec: ModelSpec, card: Card, devices: int = 1, sharded: bool = False
+) -> ExtendConfig:
     """`config` with fewer steps in every stage, in proportion, so that training ends within `max_time` on `card`.
 
     Never more steps than asked for; UserError when one step of every stage is too long already.
     """
-    cost = Cost(spec, config, card, devices)
+    cost = Cost(spec, config, card, devices, sharded)
     if config.max_time is None or not config.plan or cost.seconds() <= config.max_time:
         return config
     least = sum(cost.step_seconds(stage) for stage in config.plan)

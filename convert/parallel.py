@@ -34,10 +34,15 @@ def start_process(device: str) -> PartialState:
     return PartialState(cpu=torch.device(device).type == "cpu")
 
 
+def sharding_asked() -> bool:
+    """Whether the launcher wants sharded weights."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def make_accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
     """accelerate as the launcher asked for it; UserError for what training here has no use for."""
     AcceleratorState._reset_state(reset_partial_state=True)  # it is global: an earlier run may have chosen otherwise
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    sharded = sharding_asked()
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision=mixed_precision, fsdp_plugin=_sharding() if sharded else None
     )

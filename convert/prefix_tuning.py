@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from lcconvert.convert.shards import Shards
 from lcconvert.kernels.select_blocks import pool_keys
 from lcconvert.runtime.attention import prefill_attention
 from lcconvert.runtime.banded import banded_attention
@@ -44,8 +45,14 @@ class Prefix:
 
 
 @torch.no_grad()
-def read_prefix(decoder: Decoder, ids: torch.Tensor, policy: AttentionPolicy, dtype: torch.dtype) -> Prefix:
-    """Reads ids int64 [S] from position 0 by `policy`; run it under the autocast that training uses, if any."""
+def read_prefix(
+    decoder: Decoder, ids: torch.Tensor, policy: AttentionPolicy, dtype: torch.dtype, shards: Shards | None = None
+) -> Prefix:
+    """Reads ids int64 [S] from position 0 by `policy`; run it under the autocast that training uses, if any.
+
+    The processes of `shards` read it together: each some rows, and every one gets all keys and values.
+    """
+    shards = shards or Shards()
     spec, length = decoder.spec, len(ids)
     tables = layer_tables(spec, torch.arange(length, device=ids.device))
     x = decoder.embed(ids).clone()
@@ -53,11 +60,15 @@ def read_prefix(decoder: Decoder, ids: torch.Tensor, policy: AttentionPolicy, dt
     for number, (layer, (cos, sin)) in enumerate(zip(decoder.layers, tables)):
         k, v = (ids.new_empty((length, spec.num_kv_heads, spec.head_dim), dtype=dtype) for _ in range(2))
         spans = [slice(begin, min(begin + _CHUNK, length)) for begin in range(0, length, _CHUNK)]
-        for span in spans:
+        own = [span for part, span in enumerate(spans) if shards.owner(part) == shards.rank]
+        for span in own:
             k[span], v[span] = layer.self_attn.key_value(layer.input_layernorm(x[span]), cos[span], sin[span])
+        for part, span in enumerate(spans):
+            shards.hand_out(k[span], shards.owner(part))
+            shards.hand_out(v[span], shards.owner(part))
         pooled = pool_keys(k, policy.pool) if policy.kind == "hybrid" else None
         alpha = torch.tensor(policy.alpha_of(number, spec.num_heads), device=ids.device)
-        for span in spans:
+        for span in own:
             q = layer.self_attn.query(layer.input_layernorm(x[span]), cos[span], sin[span]).to(dtype)
             attn = prefill_attention(
                 q, k[: span.stop], v[: span.stop],

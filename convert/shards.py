@@ -66,6 +66,16 @@ class Shards:
         mine = torch.arange(self.rank, -(-len(pieces) // self.size) * self.size, self.size, device=pieces.device)
         return pieces[mine % len(pieces)], (mine < len(pieces)).float()
 
+    def owner(self, part: int) -> int:
+        """The process that works on the `part`-th of any number of stretches of a text, to and fro for balance."""
+        place = part % (2 * self.size)
+        return min(place, 2 * self.size - 1 - place)
+
+    def hand_out(self, x: torch.Tensor, owner: int) -> None:
+        """Overwrites `x` in every process with that of `owner`."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.group, group_src=owner)
+
     def attend_of(self, layer: Layer) -> Attend | None:
         """The causal attention of `layer` over sequences of which `local` rows are given; None for its own."""
         if self.size == 1:

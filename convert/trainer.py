@@ -29,15 +29,15 @@ from lcconvert.convert.extend_plan import Cost, card_here
 from lcconvert.convert.host_adamw import HostAdamW
 from lcconvert.convert.lora import add_lora, merge_lora
 from lcconvert.convert.loss import weighted_cross_entropy, weighted_divergence
-from lcconvert.convert.parallel import Processes, make_accelerator, whole_weights
+from lcconvert.convert.parallel import Processes, make_accelerator, sharding_asked, whole_weights
 from lcconvert.convert.prefix_tuning import Prefix, hidden_after, read_prefix
 from lcconvert.convert.progress import progress
 from lcconvert.convert.rows import StageRows
 from lcconvert.convert.shards import Shards
 from lcconvert.convert.shelf import Shelf
+from lcconvert.convert.stopping import SavingTimes, stop_at_border
 from lcconvert.convert.streamed import Streaming, streamed_hidden
 from lcconvert.convert.trainable import compute_dtype, make_trainable
-from lcconvert.convert.stopping import SavingTimes, stop_at_border
 from lcconvert.convert.training_log import TrainingLog
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
 from lcconvert.runtime.model import Decoder
@@ -147,10 +147,11 @@ def train(
     processes = Processes(accelerator)
     if processes.sharded_weights and any(stage.questions for stage in config.plan):
         raise UserError("a stage with questions reads with whole weights; start accelerate without FSDP for it")
-    cost = Cost(decoder.spec, _unsharded(config, processes), card_here(device), processes.count)
+    cost = Cost(decoder.spec, _unsharded(config, processes), card_here(device), processes.count, sharding_asked())
     resolved = {
         "host_optimizer": cost.host_optimizer,
         "streamed": [bool(cost.memory(stage).keeps) for stage in config.plan],
+        "sharded": processes.sharded_weights,
     }
     identity = {**config.training_identity(), **resolved, "text": corpus.sha256, "source": source}
     identity = json.loads(json.dumps(identity))
@@ -308,7 +309,7 @@ def _reading_steps(
         text, updates = rows.reading(step)
         with accelerator.autocast():
             compute = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-            prefix = read_prefix(decoder, text.to(device), policy, compute)
+            prefix = read_prefix(decoder, text.to(device), policy, compute, module.shards)
         lr = learning_rate(stage, step)
         for group in optimizer.param_groups:
             group["lr"] = lr

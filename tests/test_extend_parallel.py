@@ -33,6 +33,8 @@ import sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from lcconvert.convert import trainer
+from lcconvert.convert.extend_config import ExtendConfig
 from lcconvert.convert.shards import Shards
 from lcconvert.convert.trainer import LossModule
 from lcconvert.runtime.model import load_decoder
@@ -76,19 +78,20 @@ for family in sys.argv[5:]:
             each /= shared.size
         same(part, loss)
         same(found, wanted)
+    before = {name: weight.clone() for name, weight in original.state_dict().items()}
     for layer in original.layers:
         fully_shard(layer)
     fully_shard(module)
     part, found = gradients(module, shared)
     same({name: grad.full_tensor() for name, grad in found.items()}, wanted)
+    same(trainer._whole(original, ExtendConfig(context="16k")).state_dict(), before)
     Path(family, f"same{shared.rank}").touch()
-dist.destroy_process_group()
 """
 
 EXTEND = """
 import os, signal, sys
 from pathlib import Path
-from lcconvert.convert import trainer
+from lcconvert.convert import prefix_tuning, trainer
 from lcconvert.convert.extend import ExtendConfig, extend
 
 class Killing(trainer.TrainingLog):
@@ -97,6 +100,7 @@ class Killing(trainer.TrainingLog):
         if row["step"] == int(sys.argv[4]):
             os.kill(os.getpid(), signal.SIGKILL)
 
+prefix_tuning._CHUNK = 256  # several stretches of the text that is read
 trainer.TrainingLog = Killing
 extend(sys.argv[1], Path(sys.argv[2]), ExtendConfig.model_validate_json(sys.argv[3]))
 """

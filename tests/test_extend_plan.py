@@ -55,6 +55,17 @@ def test_what_does_not_fit_is_refused_with_the_longest_length_that_does() -> Non
         Cost(LLAMA, config(none, host_optimizer=False), CARD).check_fits()
 
 
+def test_several_cards_share_tokens_and_if_asked_weights() -> None:
+    stage = Stage(steps=1, seq_len="64k")
+    alone, eight = (Cost(LLAMA, config(stage, streamed=False, lora_rank=16), CARD, count) for count in (1, 8))
+    assert eight.step_seconds(stage) == pytest.approx(alone.step_seconds(stage) / 8)
+    assert not alone.memory(stage).fits
+    assert eight.memory(stage).fits
+    full = config(stage, streamed=False, host_optimizer=False)
+    assert not Cost(LLAMA, full, CARD, 8).memory(stage).fits
+    assert Cost(LLAMA, full, CARD, 8, sharded=True).memory(stage).fits
+
+
 def test_streaming_and_adapters_make_room() -> None:
     """An 8B model on one card of 80 GB in a machine of 128 GiB, of which a sixth is left free."""
     plain = Cost(LLAMA, config(Stage(steps=1), streamed=False, host_optimizer=False), CARD)
