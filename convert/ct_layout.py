@@ -18,13 +18,20 @@ from lcconvert.kernels.int4 import pack_int4
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.linear import LinearFormat
 
+FP8 = LinearFormat("fp8")
+
 
 def quantization_config(
-    form: LinearFormat, ignore: tuple[str, ...], *, wide: tuple[str, ...] = (), fp8_kv: bool
+    form: LinearFormat,
+    ignore: tuple[str, ...],
+    *,
+    wide: tuple[str, ...] = (),
+    fp8: LinearFormat = FP8,
+    fp8_kv: bool,
 ) -> dict[str, Any]:
     """The `quantization_config` block of config.json for every linear layer but `ignore` (names or `re:` patterns).
 
-    Layers of `wide` are fp8 whatever `form` is; their group comes first, as the first that matches is taken.
+    Layers of `wide` are `fp8` whatever `form` is; their group comes first, as the first that matches is taken.
     """
     import compressed_tensors
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
@@ -36,12 +43,14 @@ def quantization_config(
             )
             return QuantizationScheme(targets=list(targets), weights=weights, format="pack-quantized")
         weights = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
-        tokens = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="token", dynamic=True)
+        tokens = None
+        if not form.exact_inputs:
+            tokens = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="token", dynamic=True)
         return QuantizationScheme(
             targets=list(targets), weights=weights, input_activations=tokens, format="float-quantized"
         )
 
-    schemes = [scheme(LinearFormat("fp8"), wide)] if wide else []
+    schemes = [scheme(fp8, wide)] if wide else []
     schemes.append(scheme(form, ("Linear",)))
     kv_scheme = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="attn_head", dynamic=False)
     config = QuantizationConfig(

@@ -196,12 +196,12 @@ def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
         plain = Decoder(spec)
     _check_complete(source, plain)
     ignore = ("lm_head", *([rf"re:.*{router_name(source.config)}$"] if spec.routed else []), *config.ignore)
-    form = LinearFormat("fp8")
+    form = fp8 = LinearFormat("fp8", exact_inputs=config.inputs == "16-bit")
     if config.variant == "flash":
         form = LinearFormat("int4", _group_size(plain, ignore, kept, config))
     kv = KVConfig(scheme=config.kv_scheme)
     # engines without our K8V4 pages keep K and V in fp8; vLLM refuses scales without the scheme they belong to
-    block = quantization_config(form, ignore, wide=config.wide, fp8_kv=kv.scheme in ("fp8", "k8v4"))
+    block = quantization_config(form, ignore, wide=config.wide, fp8=fp8, fp8_kv=kv.scheme in ("fp8", "k8v4"))
     layout = QuantLayout.from_config({**source.config, "quantization_config": block})
     _check_whole(layout, (*config.ignore, *config.wide))
     dtype = torch.float16 if source.info("model.embed_tokens.weight")[0] == torch.float16 else torch.bfloat16

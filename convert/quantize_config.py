@@ -60,6 +60,8 @@ class QuantizeConfig(BaseModel):
     reduce: first take out layers and heal what is left; the 16-bit result is kept beside the artifact, as NAME-reduced,
     and is what the gate compares with.
     gate: measure the loss against the source when all is written; a missed bar is an error that leaves the artifact.
+    inputs: what fp8 layers multiply with in prefill: rows rounded to "fp8" by token, or as they are, in "16-bit":
+    slower, and nearer to the source, which small models need.
     bits_per_weight: flash: the mean over the linear layers that are quantized, scales included, up to which the parts
     that lose most are stored in fp8 too; None adds none to `wide`. Measured on calibration text.
     """
@@ -78,6 +80,7 @@ class QuantizeConfig(BaseModel):
     damp: float = Field(0.05, gt=0.0, le=1.0)
     ignore: tuple[str, ...] = ()
     wide: tuple[str, ...] = ()
+    inputs: Literal["fp8", "16-bit"] = "fp8"
     bits_per_weight: float | None = Field(None, gt=4.0, lt=8.0)
     reduce: ReduceConfig | None = None
     gate: Gate | None = None

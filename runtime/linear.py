@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lcconvert.kernels.fp8 import fp8_matmul
+from lcconvert.kernels.fp8 import expand_e4m3, fp8_matmul
 from lcconvert.kernels.int4 import int4_matmul
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.families import FAMILIES
@@ -50,31 +50,38 @@ class Int4Linear(nn.Module):
 
 
 class Fp8Linear(nn.Module):
-    """y = q(x) @ W.T + b with W e4m3 [N, K] times weight_scale [N, 1]; x is quantized to e4m3 per token as it comes."""
+    """y = q(x) @ W.T + b with W e4m3 [N, K] times weight_scale [N, 1]; x is quantized to e4m3 per token as it comes, or
+    with `exact_inputs` taken as it is."""
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
 
-    def __init__(self, in_features: int, out_features: int, bias: bool):
+    def __init__(self, in_features: int, out_features: int, bias: bool, exact_inputs: bool = False):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.exact_inputs = in_features, out_features, exact_inputs
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn))
         self.register_buffer("weight_scale", torch.empty(out_features, 1))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N] in x's dtype."""
-        y = fp8_matmul(x.reshape(-1, self.in_features), self.weight, self.weight_scale.float(), x.dtype)
+        rows, scale = x.reshape(-1, self.in_features), self.weight_scale.float()
+        if self.exact_inputs:
+            y = rows @ (expand_e4m3(self.weight) * scale).to(x.dtype).T
+        else:
+            y = fp8_matmul(rows, self.weight, scale, x.dtype)
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
 
 
 @dataclass(frozen=True)
 class LinearFormat:
-    """How one linear layer is stored; `group_size` is in input channels and only used by int4."""
+    """How one linear layer is stored; `group_size` is in input channels and only used by int4, `exact_inputs` (rows are
+    multiplied as they are) only by fp8."""
 
     kind: str  # "int4" | "fp8"
     group_size: int = 0
+    exact_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ def _format_of(name: str, group: dict[str, Any]) -> LinearFormat:
     if (bits, kind, strategy) == (4, "int", "group"):
         return LinearFormat("int4", weights["group_size"])
     if (bits, kind, strategy) == (8, "float", "channel"):
-        return LinearFormat("fp8")
+        return LinearFormat("fp8", exact_inputs=not group.get("input_activations"))
     raise UserError(
         f"quantization_config.{name}: weights are {bits}-bit {kind} by {strategy}; "
         "expected 4-bit int by group or 8-bit float by channel"
@@ -157,4 +164,4 @@ def make_linear(in_features: int, out_features: int, bias: bool, form: LinearFor
         return nn.Linear(in_features, out_features, bias=bias)
     if form.kind == "int4":
         return Int4Linear(in_features, out_features, bias, form.group_size)
-    return Fp8Linear(in_features, out_features, bias)
+    return Fp8Linear(in_features, out_features, bias, form.exact_inputs)

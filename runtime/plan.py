@@ -15,7 +15,7 @@ import torch
 from lcconvert.kernels.select_blocks import SCORES
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.kv_cache import EXACT_PAGES
-from lcconvert.runtime.linear import LinearFormat, QuantLayout
+from lcconvert.runtime.linear import Fp8Linear, LinearFormat, QuantLayout
 from lcconvert.runtime.model import Decoder
 from lcconvert.runtime.prefill import MLP_ROWS
 from lcconvert.runtime.products import Gemm
@@ -188,7 +188,9 @@ def stored_as(spec: ModelSpec, layout: QuantLayout, gemm: Gemm, dtype: torch.dty
     first = (part for part in decoder.named_buffers() if part[0].startswith("model.layers.0."))
     packed = sum(t.numel() for n, t in first if n.endswith("weight_packed") and ".experts." not in n)
     wide = 1 if gemm == "fp8" else dtype.itemsize
-    return Stored(sum(sizes.values()), 8 * packed * wide, dtype.itemsize)
+    exact = (m for m in decoder.layers[0].modules() if isinstance(m, Fp8Linear) and m.exact_inputs)
+    widened = sum(m.weight.numel() for m in exact) * (4 + dtype.itemsize)  # float32 on the way
+    return Stored(sum(sizes.values()), 8 * packed * wide + widened, dtype.itemsize)
 
 
 def _plan(

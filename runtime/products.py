@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lcconvert.kernels.fp8 import fp8_matmul, fp8_product, quantize_fp8_rows
+from lcconvert.kernels.fp8 import expand_e4m3, fp8_few_rows, fp8_matmul, fp8_product, quantize_fp8_rows
 from lcconvert.kernels.int4 import SMALL_M, dequantize_int4, expand_int4_fp8, int4_matmul
 from lcconvert.kernels.rms_norm import rms_norm, rms_norm_fp8
 from lcconvert.kernels.silu_mul import silu_mul, silu_mul_fp8
@@ -34,7 +34,8 @@ MANY = SMALL_M + 1  # rows from which a product is worth expanding the weight
 class Product:
     """y = x @ W.T + b in `dtype`. `weight` is [N, K] in 16/32 bit or e4m3, or packed int4 [N, K/8]; these have `scale`.
 
-    With `codes`, x comes as e4m3 codes and their scales; else in 16 or 32 bit.
+    With `codes`, x comes as e4m3 codes and their scales; else in 16 or 32 bit. `exact`: the weight is e4m3 and x is not
+    to be rounded.
     """
 
     dtype: torch.dtype
@@ -42,6 +43,7 @@ class Product:
     scale: torch.Tensor | None
     bias: torch.Tensor | None
     codes: bool = False
+    exact: bool = False
 
     def __call__(self, x: Rows) -> torch.Tensor:
         """[M, K] -> [M, N]."""
@@ -52,6 +54,8 @@ class Product:
             return F.linear(x, self.weight, self.bias)
         if self.weight.dtype == torch.int32:
             y = int4_matmul(x, self.weight, self.scale)
+        elif self.exact:
+            y = fp8_few_rows(x, self.weight, self.scale)
         else:
             y = fp8_matmul(x, self.weight, self.scale, x.dtype)
         return y if self.bias is None else y + self.bias
@@ -168,7 +172,7 @@ def _merged(modules: list[nn.Module], dtype: torch.dtype) -> list[Product]:
     """One product over the rows of all modules, which become views of it; one each when their formats differ."""
     products = [_as_product(module, dtype) for module in modules]
     forms = {
-        (p.weight.dtype, None if p.scale is None else (p.scale.dtype, p.scale.shape[1]), p.bias is None)
+        (p.weight.dtype, None if p.scale is None else (p.scale.dtype, p.scale.shape[1]), p.bias is None, p.exact)
         for p in products
     }
     if len(products) == 1 or len(forms) > 1:
@@ -186,8 +190,9 @@ def _as_product(module: nn.Module, dtype: torch.dtype) -> Product:
     assert isinstance(module, (Int4Linear, Fp8Linear, nn.Linear))
     if isinstance(module, Int4Linear):
         return Product(dtype, module.weight_packed, module.weight_scale, module.bias)
-    scale = module.weight_scale.float() if isinstance(module, Fp8Linear) else None
-    return Product(dtype, module.weight, scale, module.bias)
+    if isinstance(module, Fp8Linear):
+        return Product(dtype, module.weight, module.weight_scale.float(), module.bias, exact=module.exact_inputs)
+    return Product(dtype, module.weight, None, module.bias)
 
 
 def _rebind(module: nn.Module, view: Product) -> None:
@@ -212,7 +217,7 @@ def _expanded(product: Product, gemm: Gemm) -> Product:
     if product.scale is None:
         return product
     if product.weight.dtype != torch.int32:
-        return replace(product, codes=True)
+        return _widened(product) if product.exact else replace(product, codes=True)
     n, words = product.weight.shape
     if gemm == "fp8" and n % 16 == 0 and words % 2 == 0:
         codes, scale = expand_int4_fp8(product.weight, product.scale)
@@ -223,7 +228,8 @@ def _expanded(product: Product, gemm: Gemm) -> Product:
 def _widened(product: Product) -> Product:
     if product.scale is None:
         return product
-    return replace(product, weight=(product.weight.float() * product.scale).to(product.dtype), scale=None, codes=False)
+    weight = expand_e4m3(product.weight).mul_(product.scale).to(product.dtype)
+    return replace(product, weight=weight, scale=None, codes=False, exact=False)
 
 
 def _concatenated(products: list[Product]) -> Product:
@@ -236,4 +242,5 @@ def _concatenated(products: list[Product]) -> Product:
         torch.cat(scales) if scales else None,
         torch.cat(biases) if biases else None,
         products[0].codes,
+        products[0].exact,
     )

@@ -23,7 +23,7 @@ from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.linear import Fp8Linear, Int4Linear, LinearFormat, QuantLayout
 from lcconvert.runtime.model import Decoder, Layer, load_decoder
 from lcconvert.runtime.rope import cos_sin
-from lcconvert.runtime.sidecar import AttentionPolicy, ContextClaim, Sidecar
+from lcconvert.runtime.sidecar import AttentionPolicy, ContextClaim, KVConfig, Sidecar
 from lcconvert.runtime.source import FolderSource
 from lcconvert.runtime.spec import ModelSpec
 from lcconvert.runtime.tokenizer import Tokenizer
@@ -85,6 +85,27 @@ def _assert_layers_agree(folder: Path) -> Decoder:
 def test_pro_gives_the_values_transformers_gives(artifacts, family: str) -> None:
     ours = _assert_layers_agree(artifacts[family, "pro"])
     assert isinstance(ours.layers[0].mlp.up_proj, Fp8Linear)
+
+
+def test_fp8_layers_with_exact_inputs_give_the_logits_transformers_gives(sources, artifacts, tmp_path: Path) -> None:
+    folder = quantize(str(sources["qwen2"]), tmp_path / "out", QuantizeConfig(variant="pro", inputs="16-bit", **SMALL))
+    source, rounded = FolderSource(folder), FolderSource(artifacts["qwen2", "pro"])
+    assert source.config["quantization_config"]["config_groups"]["group_0"]["input_activations"] is None
+    ours = load_decoder(source)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = theirs(_ids()).logits
+        assert (ours.logits(ours(_ids())) - wanted).abs().max() <= 1e-4
+    engine = Engine.load(source, device="cpu", kv=KVConfig())
+    seq = engine.new_sequence()
+    ids = _ids()[0].tolist()
+    assert (engine.logits(engine.prefill(seq, ids[:70], want="all")) - wanted[0, :70]).abs().max() <= 1e-4
+    for i in range(70, 90):  # decode multiplies with the weight as it is stored
+        assert (engine.decode(seq, ids[i]) - wanted[0, i]).abs().max() <= 1e-4
+    assert torch.equal(  # the same weights
+        source.tensor("model.layers.0.self_attn.q_proj.weight").view(torch.uint8),
+        rounded.tensor("model.layers.0.self_attn.q_proj.weight").view(torch.uint8),
+    )
 
 
 @pytest.mark.parametrize("variant", ["flash", "pro"])
