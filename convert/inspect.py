@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lcconvert.convert.checkpoint import hub_folder, is_hub_id, open_checkpoint
+from lcconvert.convert.compressed_kv import ARCHITECTURE, compressed_kv
 from lcconvert.convert.hashing import verify_files
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.paths import plain_parts
@@ -18,13 +19,15 @@ from lcconvert.runtime.plan import PARTS, VARIANTS, kv_bytes_per_token, longest_
 from lcconvert.runtime.rope import inv_freq
 from lcconvert.runtime.sidecar import Sidecar
 from lcconvert.runtime.source import TensorSource
-from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.spec import ModelSpec, positive
 from lcconvert.runtime.units import format_bytes, format_count
 
 
 def inspect(src: str, *, context: int | None = None, gpu_bytes: int = 80 * 10**9) -> dict[str, Any]:
     """Architecture, RoPE as applied, KV bytes per token, a memory plan per variant at `context`, and faults found."""
     source = open_checkpoint(src)
+    if source.config.get("architectures") == [ARCHITECTURE]:
+        return _inspect_compressed(source, context)
     spec = ModelSpec.from_config(source.config)
     context = context or spec.max_position
     freq, scale = inv_freq(spec.rope, spec.head_dim)
@@ -43,7 +46,7 @@ def inspect(src: str, *, context: int | None = None, gpu_bytes: int = 80 * 10**9
         "head_dim": spec.head_dim,
         "vocab": spec.vocab_size,
         "context": spec.max_position,
-        "bytes_on_disk": sum(math.prod(shape) * dtype.itemsize for dtype, shape in map(source.info, source.names())),
+        "bytes_on_disk": _stored_bytes(source),
         "quantization": (source.config.get("quantization_config") or {}).get("format"),
         "rope": {
             "kind": spec.rope.kind,
@@ -61,6 +64,22 @@ def inspect(src: str, *, context: int | None = None, gpu_bytes: int = 80 * 10**9
         "longest_context": {v: longest_context(spec, v, gpu_bytes) for v in plans},
         "faults": [*find_faults(source, spec), *impossible],
     }
+
+
+def _inspect_compressed(source: TensorSource, context: int | None) -> dict[str, Any]:
+    """What is known of a model that is only planned for, at one context for all."""
+    context = context or positive(source.config, "max_position_embeddings")
+    return {
+        "source": source.name,
+        "family": source.config.get("model_type"),
+        "bytes_on_disk": _stored_bytes(source),
+        "plan_context": context,
+        **compressed_kv(source.config, context),
+    }
+
+
+def _stored_bytes(source: TensorSource) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in map(source.info, source.names()))
 
 
 def verify(src: str) -> dict[str, str]:
@@ -120,6 +139,8 @@ def find_faults(source: TensorSource, spec: ModelSpec) -> list[str]:
 
 def render(report: dict[str, Any], gpu_bytes: int) -> str:
     """The report as text for a terminal."""
+    if "kv_total" in report:
+        return _render_compressed(report)
     rope = report["rope"]
     lines = [
         f"{report['source']}",
@@ -146,3 +167,15 @@ def render(report: dict[str, Any], gpu_bytes: int) -> str:
         )
     lines += [f"  fault: {fault}" for fault in report["faults"]] or ["  no faults found"]
     return "\n".join(lines)
+
+
+def _render_compressed(report: dict[str, Any]) -> str:
+    layers = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in report["layers"].items())
+    parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in report["kv_bytes"].items())
+    return (
+        f"{report['source']}\n"
+        f"  {report['family']}, {format_bytes(report['bytes_on_disk'])} of tensors; layers: {layers}\n"
+        f"  KV cache at {format_count(report['plan_context'])} tokens in 16 bit: {format_bytes(report['kv_total'])} "
+        f"({parts})\n"
+        "  only planned for: nothing here runs it, and there is nothing to extend"
+    )

@@ -287,11 +287,20 @@ FAMILIES = {
 }
 
 
+# what `inspect` plans the memory of, but nothing here runs
+_PLANNED_ONLY = {
+    "DeepseekV4ForCausalLM": "whose keys and values are compressed: `inspect` plans its memory, nothing here runs it, "
+    "and as it was trained for 1M tokens there is nothing to extend"
+}
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The row of config.json's architecture; UserError when there is none."""
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not architectures:
         raise UserError(f"config.json: architectures is absent, expected one of {', '.join(FAMILIES)}; add it")
+    if architectures[0] in _PLANNED_ONLY:
+        raise UserError(f"config.json: architecture is {architectures[0]}, {_PLANNED_ONLY[architectures[0]]}")
     if architectures[0] not in FAMILIES:
         raise UserError(
             f"config.json: architecture is {architectures[0]!r}, which is not supported; "

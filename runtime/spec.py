@@ -66,31 +66,31 @@ class ModelSpec:
         act_key = "hidden_act" if "hidden_act" in family.defaults else "hidden_activation"
         if (act := values[act_key]) not in _ACTIVATIONS:
             raise UserError(f"config.json: {act_key} is {act!r}, supported are {', '.join(_ACTIVATIONS)}")
-        heads = _positive(values, "num_attention_heads")
-        hidden = _positive(values, "hidden_size")
-        layers = _positive(values, "num_hidden_layers")
-        head_dim = hidden // heads if values["head_dim"] is None else _positive(values, "head_dim")
-        scalar = _positive(values, "query_pre_attn_scalar") if "query_pre_attn_scalar" in values else head_dim
+        heads = positive(values, "num_attention_heads")
+        hidden = positive(values, "hidden_size")
+        layers = positive(values, "num_hidden_layers")
+        head_dim = hidden // heads if values["head_dim"] is None else positive(values, "head_dim")
+        scalar = positive(values, "query_pre_attn_scalar") if "query_pre_attn_scalar" in values else head_dim
         attention_bias = bool(values.get("attention_bias", False))
         unrotated = _unrotated(values, layers) if family.unrotated else ()
         windowed = _windowed(family, values, layers, unrotated)
-        window = _positive(values, "sliding_window") if windowed else None
-        beyond = window is not None and window >= _positive(values, "max_position_embeddings")
+        window = positive(values, "sliding_window") if windowed else None
+        beyond = window is not None and window >= positive(values, "max_position_embeddings")
         if beyond and not family.local_rope:
             window, windowed = None, ()  # limits nothing
         rope, local_rope = _ropes(family, values)
         spec = cls(
             family=family.name,
             hidden_size=hidden,
-            intermediate_size=_positive(values, "intermediate_size"),
+            intermediate_size=positive(values, "intermediate_size"),
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=heads if values["num_key_value_heads"] is None else _positive(values, "num_key_value_heads"),
+            num_kv_heads=heads if values["num_key_value_heads"] is None else positive(values, "num_key_value_heads"),
             head_dim=head_dim,
-            vocab_size=_positive(values, "vocab_size"),
+            vocab_size=positive(values, "vocab_size"),
             rms_eps=float(values["rms_norm_eps"]),
             rope=rope,
-            max_position=_positive(values, "max_position_embeddings"),
+            max_position=positive(values, "max_position_embeddings"),
             qkv_bias=family.qkv_bias or attention_bias,
             o_bias=attention_bias and family.o_bias,
             mlp_bias=bool(values.get("mlp_bias", False)),
@@ -227,7 +227,7 @@ def _experts(family: Family, values: dict[str, Any], layers: int) -> dict[str, A
     if not family.experts:
         return {}
     given = [key for key in family.experts if values[key] is not None] or [family.experts[0]]
-    count, per_token = _positive(values, given[0]), _positive(values, "num_experts_per_tok")
+    count, per_token = positive(values, given[0]), positive(values, "num_experts_per_tok")
     if values[given[-1]] != count:
         raise UserError(f"config.json: {given[0]} is {count} but {given[-1]} is {values[given[-1]]!r}; correct one")
     if per_token > count:
@@ -238,7 +238,7 @@ def _experts(family: Family, values: dict[str, Any], layers: int) -> dict[str, A
     return {
         "num_experts": count,
         "experts_per_token": per_token,
-        "expert_size": _positive(values, family.expert_size),
+        "expert_size": positive(values, family.expert_size),
         "weights_sum_to_one": bool(values.get("norm_topk_prob", True)),
         "routed": tuple(n for n in range(layers) if n not in dense and (n + 1) % step == 0),
     }
@@ -248,7 +248,7 @@ def _unrotated(values: dict[str, Any], layers: int) -> tuple[int, ...]:
     """Numbers of the layers without RoPE: those with a 0 in `no_rope_layers`, or the last one of each interval."""
     rotated = values["no_rope_layers"]
     if rotated is None:
-        interval = _positive(values, "no_rope_layer_interval")
+        interval = positive(values, "no_rope_layer_interval")
         return tuple(number for number in range(layers) if (number + 1) % interval == 0)
     if not isinstance(rotated, list) or len(rotated) < layers:
         raise UserError(f"config.json: no_rope_layers is {rotated!r}, expected a 0 or 1 for each of {layers} layers")
@@ -287,7 +287,7 @@ def _ropes(family: Family, values: dict[str, Any]) -> tuple[RopeSpec, RopeSpec |
     return rope, None if local == rope else local
 
 
-def _positive(config: dict[str, Any], key: str) -> int:
+def positive(config: dict[str, Any], key: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"config.json: {key} is {value!r}, expected a positive integer")
