@@ -20,7 +20,6 @@ from lcconvert.runtime.spec import ModelSpec
 from lcconvert.runtime.stored import decoder_source
 
 GROUP_SIZES = (256, 128, 64, 32, 16)  # MatMulNBits: powers of two from 16
-_BLOCK = 1 << 24  # values
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,7 @@ class ExportWeights:
     def plain(self, name: str) -> torch.Tensor:
         """A tensor as stored."""
         tensor = self.source.tensor(name)
-        for part in tensor.flatten().split(_BLOCK):  # isfinite at once takes twice the memory of the tensor
-            check_finite(name, part, self.source.name)
+        check_finite(name, tensor, self.source.name)
         self._used.add(name)
         return tensor
 

@@ -25,6 +25,7 @@ import torch
 
 from lcconvert.convert.hashing import RESUME, record_files
 from lcconvert.runtime.errors import CheckFailed, Interrupted, UserError
+from lcconvert.runtime.model import is_finite
 from lcconvert.runtime.source import FolderSource
 from lcconvert.runtime.units import format_bytes
 
@@ -33,7 +34,6 @@ _FULL_TEXT = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
     r"|PytorchStreamWriter failed writing|inline_container\.cc.* unexpected pos"
 )
-_BLOCK = 1 << 24  # elements checked at a time, so verification needs little memory beyond the tensor
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def verify_folder(folder: Path, expected: Mapping[str, tuple[torch.dtype, tuple[
                 raise CheckFailed(
                     f"tensor {name} of {folder} is {_form(*found)}, expected {_form(dtype, tuple(shape))}"
                 )
-            if not _finite(source.tensor(name)):
+            if not is_finite(source.tensor(name)):
                 raise CheckFailed(
                     f"tensor {name} of {folder} holds values that are not finite; the conversion is wrong"
                 )
@@ -197,12 +197,6 @@ def _check_total(folder: Path, source: FolderSource) -> None:
         total = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in map(source.info, source.names()))
         if stated != total:
             raise CheckFailed(f"{index} states {stated} bytes of tensors, the shards hold {total}; write them again")
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    if not tensor.dtype.is_floating_point:
-        return True
-    return all(bool(torch.isfinite(block.float()).all()) for block in tensor.reshape(-1).split(_BLOCK))
 
 
 def _form(dtype: torch.dtype, shape: tuple[int, ...]) -> str:

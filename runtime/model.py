@@ -35,6 +35,7 @@ _BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+_CHECKED = 1 << 24  # values looked at at a time
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -345,10 +346,16 @@ def read_tensor(source: TensorSource, name: str, shape: torch.Size) -> torch.Ten
 
 def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
     """Raises UserError when a floating tensor (float8 included) holds NaN or infinity."""
-    if tensor.dtype.is_floating_point:
-        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-        if not torch.isfinite(values).all():
-            raise UserError(f"tensor {name} of {where} holds NaN or infinite values; the checkpoint is damaged")
+    if not is_finite(tensor):
+        raise UserError(f"tensor {name} of {where} holds NaN or infinite values; the checkpoint is damaged")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether `tensor`, of any dtype, holds only finite values, in little memory beyond it."""
+    if not tensor.dtype.is_floating_point:
+        return True
+    blocks = tensor.reshape(-1).split(_CHECKED)
+    return all(bool(torch.isfinite(block.float() if block.dtype.itemsize == 1 else block).all()) for block in blocks)
 
 
 def _ignorable(name: str, spec: ModelSpec) -> bool:
