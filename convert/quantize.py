@@ -151,7 +151,8 @@ def _costliest(source: TensorSource, plan: Plan, parts: list[Part], summary: dic
         return f"the largest error is in {worst['name']}"
     parts = parts or sensitivities(source, plan.spec, plan.layout, plan.windows, plan.device)
     part = max(parts, key=lambda part: part.kl)
-    return f"most is lost in {', '.join(part.modules)} (KL {part.kl:.4g} when nothing else is rounded)"
+    hint = "; inputs in 16-bit lose less" if plan.form.kind == "fp8" and not plan.form.exact_inputs else ""
+    return f"most is lost in {', '.join(part.modules)} (KL {part.kl:.4g} when nothing else is rounded){hint}"
 
 
 @dataclass(frozen=True)

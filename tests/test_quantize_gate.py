@@ -131,7 +131,7 @@ def test_the_command_exits_1_on_a_missed_bar(source: Path, tmp_path: Path, capsy
 
     monkeypatch.setitem(USUAL_GATES, "pro", Gate(kl_max=1e-9))
     assert run("--samples", "1", "--length", "256", "--gate", "512", "-o", str(tmp_path / "pro")) == 1
-    assert f"the artifact is in {tmp_path / 'pro'}" in capsys.readouterr().err
+    assert f"inputs in 16-bit lose less; the artifact is in {tmp_path / 'pro'}" in capsys.readouterr().err
     assert (tmp_path / "pro" / REPORT).is_file()
     assert run("--bits-per-weight", "5", "-o", str(tmp_path / "no")) == 2
     assert "bits_per_weight is 5 but variant is pro" in capsys.readouterr().err
