@@ -20,7 +20,6 @@ from typing import Any
 
 import click
 import torch
-from accelerate import PartialState
 
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.corpus import Corpus
@@ -49,8 +48,6 @@ from lcconvert.runtime.tokenizer import Tokenizer
 
 __all__ = ["ExtendConfig", "Stage", "extend"]
 
-_STATE_BYTES = 2 * 3 * 4  # bytes a parameter takes in the two checkpoints that exist while one replaces the other
-
 
 def extend(src: str, out: Path, config: ExtendConfig) -> Path:
     """Writes the checkpoint `src` with context `config.context` to the new folder `out` and returns it.
@@ -66,13 +63,15 @@ def extend(src: str, out: Path, config: ExtendConfig) -> Path:
     process = start_process(device)
     config = _planned(config, spec, torch.device(device), process.num_processes)
     resume = HOW_TO_RESUME if config.plan else None
-    need = spec.parameters() * (2 + (_STATE_BYTES if config.plan else 0))
+    cost = Cost(spec, config, card_here(process.device), process.num_processes, sharding_asked())
+    need = 2 * spec.parameters() + (2 * cost.state_bytes() if config.plan else 0)  # two: one replaces the other
 
     main = process.is_main_process
     writing = new_folder(Path(out), keep_on_stop=resume, need_bytes=need) if main else nullcontext(partial_folder(out))
     with writing as folder:
         stretched = _Stretched(source, extended_config(source.config, spec, rope, config.context))
-        decoder = load_decoder(stretched, device=device, dtype=_loaded_dtype(config, spec, process))
+        dtype = loaded_dtype(config, process.device, cost.host_optimizer) if config.plan else torch.bfloat16
+        decoder = load_decoder(stretched, device=device, dtype=dtype)
         provenance = _provenance(source, src, stretched.sha256(), config) | made_with(device, "accelerate")
         if config.plan:
             tokens = sum(stage.rows * stage.seq_len for stage in config.plan)
@@ -195,14 +194,6 @@ def _planned(config: ExtendConfig, spec: ModelSpec, device: torch.device, device
     card = card_here(device)
     Cost(spec, config, card, devices, sharding_asked()).check_fits()
     return fit_time(config, spec, card, devices, sharding_asked())
-
-
-def _loaded_dtype(config: ExtendConfig, spec: ModelSpec, process: PartialState) -> torch.dtype:
-    """Half of the memory where no weight will be trained in float32 on the device."""
-    if not config.plan:
-        return torch.bfloat16
-    cost = Cost(spec, config, card_here(process.device), process.num_processes, sharding_asked())
-    return loaded_dtype(config, process.device, cost.host_optimizer)
 
 
 def _check_request(source: TensorSource, spec: ModelSpec, config: ExtendConfig) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lcconvert.convert.extend_config import REPLAY_ROW, ExtendConfig, Stage
+from lcconvert.convert.host_adamw import DEVICE_BYTES
 from lcconvert.convert.loss import TILE_ROWS
 from lcconvert.convert.streamed import Keep
 from lcconvert.runtime.spec import ModelSpec
@@ -104,6 +105,15 @@ class Memory:
         return self.config.lora_rank * (4 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size)
 
     @property
+    def state_bytes(self) -> int:
+        """On disk, of a checkpoint of the training."""
+        return self.size * self._frozen + (12 + self.size * self.host_optimizer) * self.trained
+
+    @property
+    def _frozen(self) -> int:
+        return self.spec.parameters() + self.spec.num_layers * self._adapters - self.trained
+
+    @property
     def _gradient(self) -> int:
         """Bytes of a trained weight's gradient."""
         return self.size if self.host_optimizer else 4
@@ -111,13 +121,13 @@ class Memory:
     @property
     def _weights(self) -> int:
         """Weights and moments on the device, gradients apart, and the original model where rows are replayed."""
-        frozen = self.spec.parameters() + self.spec.num_layers * self._adapters - self.trained
-        held = self.size * frozen + (self.size if self.host_optimizer else 12) * self.trained
+        held = self.size * self._frozen + (self.size if self.host_optimizer else 12) * self.trained
         if self.sharded:
             layer = (self.spec.parameters() - self.ends) // self.spec.num_layers
             held = held // self.devices + 4 * (3 * layer + 2 * self.ends)  # one at work, its gradient, the next one
         replayed = any(stage.replay_share for stage in self.config.plan)
-        return held + replayed * self.size * self.spec.parameters() + _LIBRARIES
+        other = _LIBRARIES + DEVICE_BYTES * self.host_optimizer
+        return held + replayed * self.size * self.spec.parameters() + other
 
     @property
     def _host_state(self) -> int:
@@ -129,9 +139,13 @@ class Memory:
 
     def _head(self) -> int:
         """The tiled loss: logits of a tile three times, the head in the precision of the pass and its gradient."""
+        cast = self.size * self.spec.vocab_size * self.spec.hidden_size
+        return cast + 4 * self._trained_in_head + 12 * TILE_ROWS * self.spec.vocab_size
+
+    @property
+    def _trained_in_head(self) -> int:
         trained = not self.config.lora_rank or (self.spec.tied_head and "embeddings" in self.config.lora_train)
-        wide = self.spec.hidden_size * (self.size + 4 * trained)
-        return self.spec.vocab_size * (wide + 12 * TILE_ROWS)
+        return self.spec.vocab_size * self.spec.hidden_size * trained
 
     def _plain(self, stage: Stage) -> StageMemory:
         spec, size = self.spec, self.size
@@ -144,15 +158,12 @@ class Memory:
             held += size * self.trained  # autocast keeps the weights in 16 bit too
         if stage.questions:  # keys and values of the text, its hidden states, and gradients of one layer's keys
             held += stage.seq_len * (2 * size * spec.kv_size * (spec.num_layers + 1) + 4 * spec.hidden_size)
-        narrow = 2 * spec.hidden_size * (4 + size)  # the two norms: input in float32, output
-        inside = narrow + size * (2 * spec.q_size + 4 * spec.intermediate_size)  # of a token and layer
         attention = size * (2 * spec.q_size + 2 * spec.kv_size) + 4 * spec.num_heads  # q, k, v, output and its sums
-        borders = 4 * spec.hidden_size  # float32 between layers
-        waiting = borders + attention
-        layers = spec.num_layers
-        kept = layers * waiting + inside if self.config.gradient_checkpointing else layers * (waiting + inside)
-        ends = 4 * borders + 8 * spec.head_dim  # hidden states, their gradients, rotary tables
-        peak = held + tokens * (kept + inside // 2 + ends) + self._head()
+        waiting = attention + 4 * spec.hidden_size  # of a token and layer: float32 between layers
+        if not self.config.gradient_checkpointing:
+            waiting += 2 * spec.hidden_size * (4 + size) + size * 4 * spec.intermediate_size  # norms, MLP
+        working = 6 * size * spec.intermediate_size + 20 * spec.hidden_size  # a layer's MLP and its gradients
+        peak = held + tokens * (spec.num_layers * waiting + working + 8 * spec.head_dim) + self._head()
         return self._stage((), peak, self._host_state)
 
     def _stage(self, keeps: tuple[Keep, ...], device: int, host: int) -> StageMemory:
@@ -166,9 +177,11 @@ class Memory:
         hidden, query, keys = (tokens * size * width for width in (spec.hidden_size, spec.q_size, spec.kv_size))
         waiting = query + 4 * tokens * spec.num_heads  # of attention: output and sums
         work = self._layer_pass(tokens, hidden, query, keys)
+        held = self._weights
         at_ends = 6 * hidden + self._head()
-        first = self._weights + self._gradient * self._trained_at_ends + max(work, at_ends)  # gradients of layers: none
-        last = self._weights + self._gradient * self.trained + work  # all, and nothing waits any more
+        first = held + max(self._gradient * self._trained_in_head + work + hidden + query, at_ends)
+        looked_up = self._trained_at_ends - self._trained_in_head  # whose gradient comes last, and nothing waits then
+        last = held + self._gradient * self.trained + max(work - self._gradient * looked_up, 3 * hidden)
 
         room = int((1 - _KEPT_FREE) * self.device) - first
         host_room = max(0, self._host_limit - self._host_state)
@@ -194,7 +207,7 @@ class Memory:
         return self._stage(tuple(keeps), peak, host)
 
     def _layer_pass(self, tokens: int, hidden: int, query: int, keys: int) -> int:
-        """What the backward pass of one layer holds, and what is fetched for the next one."""
+        """What the backward pass of one layer holds."""
         spec, size, groups = self.spec, self.size, self.spec.num_kv_heads
         rows = min(self.config.tile, tokens)
         tile = rows * (7 * size * spec.intermediate_size + (16 + 6 * size) * spec.hidden_size)
@@ -202,4 +215,4 @@ class Memory:
         group = (query + 2 * keys + 8 * query // size) // groups  # gradients of one group, float32 sums of the kernel
         sums = self._trained_in_layer * (4 + 2 * self._gradient)
         tables = tokens * 4 * spec.head_dim * len(set(spec.ropes))
-        return around + group + hidden + query + tile + sums + tables
+        return around + max(group, tile) + sums + tables

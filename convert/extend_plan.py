@@ -91,7 +91,7 @@ class Cost:
 
         def seconds(flop: int, passes: float, window: int) -> float:
             """Of one row: attention FLOP are 2 w q (causal: half of 4 w q) a token and layer."""
-            attention = passes * 2 * window * length * spec.q_size * spec.num_layers
+            attention = passes * 2 * window * length * spec.q_size * spec.attending_layers(window)
             return flop * length / self.card.linear + attention / self.card.attention
 
         row = (1 - stage.replay_share) * seconds(flop, forwards, length)
@@ -105,7 +105,7 @@ class Cost:
         to all of it, forward and backward (2.5 forwards, of which two products serve gradients nobody wants)."""
         spec, length = self.spec, stage.seq_len
         share = 1.0 if stage.prefix_attention == "dense" else _READ_SHARE
-        attention = 2 * spec.q_size * spec.num_layers / self.card.attention  # seconds a query and key, causal
+        attention = 2 * spec.q_size * spec.attending_layers(length) / self.card.attention  # seconds a query and key, causal
         reading = 2 * spec.parameters() * length / self.card.linear + share * attention * length**2
         asking = stage.questions * QUESTION_TOKENS * length * 2 * 3.5 * attention / _ASK_RATE
         replayed = -(-stage.questions // stage.batch_size) * REPLAY_ROW * bool(stage.replay_share)
@@ -127,6 +127,10 @@ class Cost:
 
     def trained_weights(self) -> int:
         return self._memory(False).trained
+
+    def state_bytes(self) -> int:
+        """On disk, of a checkpoint of the training."""
+        return self._memory(self.host_optimizer).state_bytes
 
     def _memory(self, host_optimizer: bool) -> Memory:
         return Memory(

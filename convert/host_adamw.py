@@ -19,7 +19,9 @@ import torch
 
 from lcconvert.convert.shelf import lock_pages, unlock_pages
 
-_PIECE = 2**25  # weights on the device at a time, 0.4 GB with their moments; three pieces are under way
+_PIECE = 2**25  # weights on the device at a time
+_STREAMS = 3  # pieces under way
+DEVICE_BYTES = _STREAMS * 20 * _PIECE  # at most, of a step: weight, moments and gradient in float32, and a temporary
 _NAMES = ("weight", "exp_avg", "exp_avg_sq")
 
 
@@ -57,7 +59,7 @@ class HostAdamW(torch.optim.Optimizer):
                 self._update(*piece)
             return
         device = pieces[0][1].device
-        self._streams = self._streams or [torch.cuda.Stream(device) for _ in range(3)]
+        self._streams = self._streams or [torch.cuda.Stream(device) for _ in range(_STREAMS)]
         current = torch.cuda.current_stream(device)
         for number, piece in enumerate(pieces):  # each stream copies in, updates and copies out; the three overlap
             stream = self._streams[number % len(self._streams)]
@@ -94,6 +96,11 @@ class HostAdamW(torch.optim.Optimizer):
                 state[name] = lock_pages(torch.zeros(param.numel()), param.device)
                 state[name].copy_(torch.as_tensor(start))
         return state
+
+    def state_dict(self) -> dict[str, Any]:
+        for stream in self._streams:
+            stream.synchronize()  # what is to be saved may be on its way
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As it was saved, taking the tensors over: PyTorch's own would turn them into the weights' precision, on their

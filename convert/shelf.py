@@ -56,14 +56,14 @@ class Shelf:
             with torch.cuda.stream(self._side):
                 host.copy_(flat.view(torch.uint8), non_blocking=True)
                 self._flying.append((flat, self._side.record_event()))
-            while len(self._flying) > _FLYING or (self._flying and self._flying[0][1].query()):
-                torch.cuda.current_stream(self.device).wait_event(self._flying.popleft()[1])
+            self._land(_FLYING)
         return Kept(flat.dtype, None, host)
 
     def fetch(self, kept: Kept) -> None:
         """Starts the copy back; the work queued before this call may go on beside it."""
         if kept.here is not None or kept.host is None:
             return
+        self._land(0)
         here = torch.empty(kept.host.shape, dtype=torch.uint8, device=self.device)
         if self._side is None:
             here.copy_(kept.host)
@@ -98,6 +98,11 @@ class Shelf:
         self._flying.clear()
         self._locked, self._free, self.host_bytes = [], {}, 0
 
+    def _land(self, flying: int) -> None:
+        """Lets go of tensors whose copies are through, and of all but so many others as soon as theirs will be."""
+        while len(self._flying) > flying or (self._flying and self._flying[0][1].query()):
+            torch.cuda.current_stream(self.device).wait_event(self._flying.popleft()[1])
+
     def _buffer(self, nbytes: int) -> torch.Tensor:
         buffers = self._free.setdefault(nbytes, [])
         return buffers.pop() if buffers else self._lock(nbytes)
@@ -124,7 +129,7 @@ def lock_pages(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def unlock_pages(host: torch.Tensor) -> None:
     if host.is_pinned():
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(host.data_ptr())))
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(host.data_ptr()))
 
 
 def without_gaps(tensor: torch.Tensor) -> torch.Tensor:
