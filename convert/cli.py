@@ -194,7 +194,7 @@ def extend_command(
 @click.option("--length", type=SIZE, help="Tokens per calibration window.")
 @click.option("--wide", multiple=True, help="flash: linear layers to store in fp8, by name or re:PATTERN.")
 @click.option("--ignore", multiple=True, help="Linear layers to leave in 16 bit, by name or re:PATTERN.")
-@click.option("--inputs", help="fp8 layers multiply, in prefill, rows in fp8 (the faster) or in 16-bit (the closer).")
+@click.option("--inputs", help="Prefill multiplies rows rounded to fp8 (the faster) or 16-bit ones (the closer).")
 @click.option(
     "--bits-per-weight", type=float, help="flash: mean up to which the linear layers that lose most become fp8."
 )

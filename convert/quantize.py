@@ -300,7 +300,7 @@ def _sidecar(src: str, source: TensorSource, plan: Plan, config: QuantizeConfig,
     context = plan.inherited.context.model_copy(update={"validated": None})  # validated lengths are of other weights
     return Sidecar(
         variant=config.variant,
-        prefill_gemm="fp8" if config.variant == "flash" else "16-bit",
+        prefill_gemm="fp8" if config.variant == "flash" and config.inputs == "fp8" else "16-bit",
         kv=plan.kv,
         attention=attention,
         context=context,

@@ -60,8 +60,8 @@ class QuantizeConfig(BaseModel):
     reduce: first take out layers and heal what is left; the 16-bit result is kept beside the artifact, as NAME-reduced,
     and is what the gate compares with.
     gate: measure the loss against the source when all is written; a missed bar is an error that leaves the artifact.
-    inputs: what fp8 layers multiply with in prefill: rows rounded to "fp8" by token, or as they are, in "16-bit":
-    slower, and nearer to the source, which small models need.
+    inputs: what fp8 layers, and int4 layers on a GPU that has fp8, multiply with in prefill: rows rounded to "fp8" by
+    token, or as they are, in "16-bit": slower, and nearer to the source, which small models need.
     bits_per_weight: flash: the mean over the linear layers that are quantized, scales included, up to which the parts
     that lose most are stored in fp8 too; None adds none to `wide`. Measured on calibration text.
     """
