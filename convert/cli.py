@@ -279,6 +279,7 @@ def export_command(src: str, out: Path | None, check: str | None, as_json: bool,
     type=click.Path(path_type=Path),
     help="Folder where requests that name a session save their context; one in /dev/shm keeps it in host memory.",
 )
+@click.option("--session-space", type=SIZE, help="Bytes the sessions may take; the least recently used one is dropped.")
 @device_option
 def serve_command(
     src: str,
@@ -288,11 +289,14 @@ def serve_command(
     max_context: int | None,
     prefix_cache: int | None,
     session_dir: Path | None,
+    session_space: int | None,
     device: str | None,
 ) -> None:
     """Serve an OpenAI-compatible API; prints its address once requests are answered."""
     from lcconvert.runtime.server import bind, serve
 
+    if session_space is not None and session_dir is None:
+        raise UserError("--session-space bounds the files of --session-dir; give that folder, or leave it out")
     with bind(host, port) as listener:
         from lcconvert.convert.checkpoint import open_checkpoint
         from lcconvert.runtime.engine import Engine
@@ -307,7 +311,7 @@ def serve_command(
             from lcconvert.convert.validate import identity
             from lcconvert.runtime.sessions import Sessions
 
-            sessions = Sessions(session_dir, engine, identity(source)[0])
+            sessions = Sessions(session_dir, engine, identity(source)[0], session_space)
         serve(
             engine,
             api_key=api_key,

@@ -47,6 +47,9 @@ class Metrics:
         self.prefill_seconds = Histogram(
             "lcconvert_prefill_seconds", "Prefill and first token of a request", buckets=_LONG, registry=registry
         )
+        self.restore_seconds = Histogram(
+            "lcconvert_restore_seconds", "Taking a context from a saved session", buckets=_LONG, registry=registry
+        )
         self.decode_seconds = Histogram(
             "lcconvert_decode_seconds", "One decode step, a token for each of its sequences", buckets=_STEP,
             registry=registry,

@@ -32,6 +32,7 @@ import torch
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.prefix_cache import common_tokens
 from lcconvert.runtime.sidecar import PAGE
+from lcconvert.runtime.units import format_bytes
 
 if TYPE_CHECKING:
     from lcconvert.runtime.engine import Engine
@@ -121,10 +122,13 @@ def drop_session(folder: Path, name: str) -> bool:
 
 
 class Sessions:
-    """The session files of one engine. `artifact` is a hash of what decides its weights; use from one thread."""
+    """The session files of one engine. `artifact` is a hash of what decides its weights; use from one thread.
 
-    def __init__(self, folder: Path, engine: Engine, artifact: str):
-        self.folder, self._engine = folder, engine
+    `space`: bytes the files may take; those that were not used for longest go when a new one needs room.
+    """
+
+    def __init__(self, folder: Path, engine: Engine, artifact: str, space: int | None = None):
+        self.folder, self._engine, self._space = folder, engine, space
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -206,6 +210,8 @@ class Sessions:
                     page.data[seq.sink] = row
         seq.pages += pages
         seq.ids = ids[:tokens].tolist()
+        with contextlib.suppress(OSError):  # the time of its last use, for `_make_room`
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
     @torch.inference_mode()
     def save(self, name: str, kept: Kept, *, between: Callable[[], None] | None = None) -> Path:
@@ -225,18 +231,40 @@ class Sessions:
                 file.write(table + len(table).to_bytes(8, "little") + hashlib.sha256(table).digest() + _MAGIC)
                 file.flush()
                 os.fsync(file.fileno())
+                self._make_room(name, file.tell())
             partial.replace(path)
             folder = os.open(self.folder, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+        except SessionError:
+            partial.unlink()
+            raise
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise SessionError(f"session {name} cannot be saved in {self.folder} ({error.strerror})") from None
         _log.info("saved session %s: %d tokens of %s", name, len(kept.ids), pool.config.scheme)
         return path
+
+    def _make_room(self, name: str, size: int) -> None:
+        """Drops sessions other than `name` until `size` bytes more fit into the space; SessionError if they cannot."""
+        if self._space is None:
+            return
+        if size > self._space:
+            raise SessionError(
+                f"session {name} takes {format_bytes(size)}, more than all sessions may "
+                f"({format_bytes(self._space)}); give a larger --session-space"
+            )
+        others = {path: path.stat() for path in self.folder.glob("*" + SUFFIX) if path != file_of(self.folder, name)}
+        left = sum(stat.st_size for stat in others.values())
+        for path in sorted(others, key=lambda path: max(others[path].st_atime_ns, others[path].st_mtime_ns)):
+            if left + size <= self._space:
+                break
+            path.unlink(missing_ok=True)
+            left -= others[path].st_size
+            _log.info("dropped session %s to make room for %s", path.stem, name)
 
     def _contents(self, kept: Kept) -> Iterator[bytes]:
         pool = self._engine.pool

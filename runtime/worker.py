@@ -374,7 +374,9 @@ class Worker:
         if saved <= lease.cached:
             return
         try:
+            started = time.perf_counter()
             self._sessions.restore(job.session, lease.sequence, saved, between=lambda: self._turn(0))
+            self._metrics.restore_seconds.observe(time.perf_counter() - started)
         except SessionError as error:
             _log.warning("session %s is not restored: %s", job.session, error)
             return

@@ -38,14 +38,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return tiny_engine(tmp_path_factory.mktemp("served"))
 
 
-def save(engine: Engine, folder: Path, name: str = "one", artifact: str = "hash") -> Path:
+def save(engine: Engine, folder: Path, name: str = "one", artifact: str = "hash", space: int | None = None) -> Path:
     """Reads IDS and saves it."""
     cache = PrefixCache(engine)
     lease = cache.lease(IDS, len(IDS))
     engine.prefill(lease.sequence, IDS.tolist())
     cache.keep(lease)
     try:
-        return Sessions(folder, engine, artifact).save(name, lease.kept)
+        return Sessions(folder, engine, artifact, space).save(name, lease.kept)
     finally:
         cache.end(lease)
         cache.clear()
@@ -154,6 +154,24 @@ def test_a_full_disk_leaves_what_was_saved(engine, tmp_path, monkeypatch) -> Non
             save(engine, tmp_path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["one.session"]
+
+
+def test_sessions_keep_to_their_space_and_the_least_used_go(engine, tmp_path) -> None:
+    size = save(engine, tmp_path, "a").stat().st_size
+    for number, name in enumerate("bc"):
+        os.utime(save(engine, tmp_path, name), (1000 + number, 1000 + number))
+    os.utime(tmp_path / "a.session", (999, 999))
+    seq = engine.new_sequence()
+    Sessions(tmp_path, engine, "hash").restore("a", seq, 128)  # the oldest is used
+    engine.free(seq)
+    save(engine, tmp_path, "d", space=3 * size + 100)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["a", "c", "d"]
+    save(engine, tmp_path, "d", space=3 * size + 100)  # replaces itself
+    with pytest.raises(SessionError, match="more than all sessions may"):
+        save(engine, tmp_path, "e", space=size - 1000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.session", "c.session", "d.session"]
+    refused = CliRunner().invoke(cli, ["serve", "x", "--session-space", "1g"]).exception
+    assert "give that folder" in str(refused)
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 65, "a b", "\u00e9", "a\n"])
