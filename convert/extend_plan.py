@@ -105,7 +105,7 @@ class Cost:
         to all of it, forward and backward (2.5 forwards, of which two products serve gradients nobody wants)."""
         spec, length = self.spec, stage.seq_len
         share = 1.0 if stage.prefix_attention == "dense" else _READ_SHARE
-        attention = 2 * spec.q_size * spec.attending_layers(length) / self.card.attention  # seconds a query and key, causal
+        attention = 2 * spec.q_size * spec.attending_layers(length) / self.card.attention  # seconds a query and key
         reading = 2 * spec.parameters() * length / self.card.linear + share * attention * length**2
         asking = stage.questions * QUESTION_TOKENS * length * 2 * 3.5 * attention / _ASK_RATE
         replayed = -(-stage.questions // stage.batch_size) * REPLAY_ROW * bool(stage.replay_share)

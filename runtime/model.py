@@ -23,7 +23,7 @@ from lcconvert.runtime.linear import QuantLayout, make_linear
 from lcconvert.runtime.rope import apply_rope, cos_sin
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
-from lcconvert.runtime.stored import decoder_source
+from lcconvert.runtime.stored import decoder_source, stored_name
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """q [B, T, Hq, D], k and v [B, T, Hkv, D] of new tokens -> attention output [B, T, Hq, D]."""
@@ -312,7 +312,8 @@ def load_decoder(
     present = set(source.names())
     if missing := sorted(set(wanted) - present):
         raise UserError(
-            f"{source.name} lacks tensor {missing[0]} ({len(missing)} missing); the checkpoint is incomplete"
+            f"{source.name} lacks tensor {stored_name(source, missing[0])} ({len(missing)} missing); "
+            "the checkpoint is incomplete"
         )
     if extra := sorted(n for n in present - set(wanted) if not _ignorable(n, spec)):
         raise UserError(

@@ -157,6 +157,12 @@ class ModelSpec:
         """The different tables that the layers use."""
         return tuple(dict.fromkeys(self.rope_of(layer) for layer in range(self.num_layers)))
 
+    def attending_layers(self, length: int) -> float:
+        """Layers without a window that would cost as much causal attention over `length` tokens as all layers do."""
+        window = min(self.window or length, length)
+        share = window / length * (2 - window / length)  # of the pairs of a query and an earlier key
+        return self.num_layers - len(self.windowed) * (1 - share)
+
     @property
     def beyond_plain(self) -> tuple[str, ...]:
         """What a decoder of the Llama and Qwen kind does not have, in words; empty for those."""

@@ -88,6 +88,9 @@ class _DecoderSource:
     def names(self) -> list[str]:
         return [mine for name in self._source.names() for mine in self._layout.decoder_names(name)]
 
+    def stored_name(self, name: str) -> str:
+        return self._layout.place(name)[0]
+
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         stored, place = self._layout.place(name)
         dtype, shape = self._source.info(stored)
@@ -110,6 +113,11 @@ def decoder_source(source: TensorSource, spec: ModelSpec) -> TensorSource:
     """`source` as the decoder names and orders its tensors; `source` itself where its family does the same."""
     layout = _Layout(family_of(source.config), spec)
     return _DecoderSource(source, layout) if layout.places and not isinstance(source, _DecoderSource) else source
+
+
+def stored_name(source: TensorSource, name: str) -> str:
+    """What the checkpoint calls the decoder's tensor `name`."""
+    return source.stored_name(name) if isinstance(source, _DecoderSource) else name
 
 
 def as_stored(

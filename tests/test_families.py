@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ import pytest
 import torch
 import transformers
 from families import CONTEXT, ROWS, TOKENS, Written, outcome, table, written
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lcconvert.convert.export_weights import ExportWeights
 from lcconvert.convert.prefix_tuning import hidden_after, read_prefix
 from lcconvert.convert.quantize import quantize
 from lcconvert.convert.quantize_config import QuantizeConfig
+from lcconvert.runtime.banded import banded_attention
 from lcconvert.runtime.engine import Engine
+from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.model import Decoder, load_decoder
-from lcconvert.runtime.sidecar import AttentionPolicy
+from lcconvert.runtime.sidecar import AttentionPolicy, KVConfig
 from lcconvert.runtime.source import FolderSource
 from lcconvert.runtime.spec import ModelSpec
 from lcconvert.runtime.stored import as_stored
@@ -189,7 +192,36 @@ def test_gguf_takes_what_its_graphs_compute(row: str, families_root: Path) -> No
     assert not refused or re.search(r"not written as GGUF here|biases", refused)
 
 
+def test_a_missing_tensor_is_called_what_the_checkpoint_calls_it(families_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(written("phi3", families_root).folder, tmp_path / "phi3")
+    tensors = load_file(tmp_path / "phi3" / "model.safetensors")
+    del tensors["model.layers.1.self_attn.qkv_proj.weight"]
+    save_file(tensors, tmp_path / "phi3" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks tensor model\.layers\.1\.self_attn\.qkv_proj\.weight"):
+        load_decoder(FolderSource(tmp_path / "phi3"))
+
+
 def test_the_readme_has_the_table(families_root: Path) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     block = readme.partition("<!-- families: begin -->")[2].partition("<!-- families: end -->")[0]
     assert not block or table(families_root) in block
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int4"])
+def test_decode_within_a_window_reads_the_right_tokens(families_root: Path, scheme: Any) -> None:
+    """Two sequences at once, one shorter than the window, against what the pages of each hold."""
+    source = FolderSource(written("gemma3", families_root).folder)
+    engine = Engine.load(source, device="cpu", kv=KVConfig(scheme=scheme))
+    ids, seqs = written("gemma3", families_root).ids, [engine.new_sequence() for _ in range(2)]
+    for seq, length in zip(seqs, (100, 383)):
+        engine.prefill(seq, ids[:length])
+    step, pool, window = engine._decode, engine.pool, engine.layers[0].window
+    assert window is not None
+    for token in ids[:2]:  # the second one closes a page
+        engine.decode_batch(seqs, [token, token])
+        q = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(token))
+        found = step._within_window(0, q, step._fresh(seqs, [step._numbers(seq, token) for seq in seqs]), window)
+        for query, seq, out in zip(q, seqs, found):
+            k, v = (torch.empty(seq.length, 2, 32) for _ in range(2))
+            pool.read_prefix(seq, 0, k, v)
+            torch.testing.assert_close(out, banded_attention(query[None], k, v, window)[0], atol=1e-5, rtol=1e-5)
