@@ -34,16 +34,24 @@ FACTS = (
     ("{name} fills teeth from nine to five.", "works as a dentist"),
     ("{name} keeps forty hives behind the barn.", "produces honey"),
 )
-_NAMES = (
+_NAMES = (  # so many that no constant answer scores
     "Marta", "Jonas", "Yuki", "Priya", "Omar", "Ingrid", "Tomas", "Leila", "Kofi", "Anouk", "Bruno", "Sanja", "Mateo",
-    "Freya", "Dmitri", "Nadia", "Hugo", "Aisha", "Pavel", "Rosa",
+    "Freya", "Dmitri", "Nadia", "Hugo", "Aisha", "Pavel", "Rosa", "Anselm", "Beatriz", "Caspar", "Delphine", "Emeka",
+    "Farida", "Gunnar", "Hanneke", "Ibrahim", "Jadwiga", "Kenji", "Ludmila", "Malik", "Noor", "Oksana", "Pedro",
+    "Quentin", "Ragnhild", "Stefan", "Tamara", "Umberto", "Vesna", "Wanda", "Xavier", "Yolanda", "Zoltan", "Adaeze",
+    "Birgit", "Cosima", "Dragan", "Eluned", "Fabrice", "Gisela", "Haruto", "Ines", "Jarmila", "Kwame", "Lorenzo",
+    "Mirela", "Nikolai", "Ottilie", "Paloma", "Radek", "Signe", "Thandi", "Ulrike", "Viggo", "Wiebke", "Yara",
+    "Zainab", "Aurelio", "Bodil", "Chidi", "Dagmar", "Esteban", "Fatou", "Gregor", "Hedda", "Ismail", "Joaquin",
+    "Katya", "Liesel", "Mehmet", "Nerys", "Osvaldo", "Petra", "Rashid", "Solveig", "Takumi", "Ursula", "Valentin",
+    "Wojtek", "Ximena", "Yannick", "Zdenka", "Agnieszka", "Bogdan", "Clemens", "Dunja", "Eskil", "Fiorella",
+    "Giacomo", "Hilde", "Isidor", "Jorunn", "Kaspian", "Ludovic", "Milena", "Nenad", "Orsolya", "Piotr", "Rania",
+    "Sibylle", "Tiago", "Veronika",
 )  # fmt: skip
 
 
 def _hop(case: Case) -> Callable[[int], Draft]:
     rng = case.rng()
-    names = [name for name in _NAMES if not any(name in sentence for sentence in case.sentences)] or list(_NAMES)
-    (name,), (fact, *others) = rng.sample(names, 1), rng.sample(FACTS, len(FACTS))
+    name, (fact, *others) = rng.choice(_NAMES), rng.sample(FACTS, len(FACTS))
     place = rng.randrange(40) / 39
 
     def ask(asked: str, answers: tuple[str, ...]) -> Ask:

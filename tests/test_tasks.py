@@ -175,6 +175,13 @@ def test_no_question_of_nolima_shares_a_word_with_its_fact() -> None:
         assert not set(re.findall("[a-z]{4,}", fact.lower())) & set(re.findall("[a-z]{4,}", asked.lower()))
 
 
+def test_no_constant_answer_scores_on_nolima(sentences: list[str]) -> None:
+    draft = TASKS["nolima"].prepare
+    answers = Tally(draft(Case("nolima", 1000, i, 0, sentences, 100))(0).ask.answers for i in range(1000))
+    assert len(answers) > 100
+    assert max(answers.values()) < 25  # of 1000; even chances make 9
+
+
 def test_a_question_file_must_hold_its_answers(tmp_path: Path, documents: QaFile) -> None:
     assert len(documents.items) == 8
     path = tmp_path / "q.jsonl"

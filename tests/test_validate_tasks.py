@@ -240,6 +240,7 @@ def test_bad_requests_write_nothing(model: Path, tmp_path: Path) -> None:
 def _work(model: str, out: str) -> None:
     """A run with every kind of result, in a process that will not live to see its end."""
     more = {"lengths": (1536,), "samples": 1, "depths": (0.2, 0.8), "max_new_tokens": 8, "perplexity_context": 1024}
+    more |= {"wordings": ("heldout", "training", "multikey"), "tasks": ("kv",)}
     validate(model, Path(out), ValidateConfig(**SETTINGS | more))
 
 
