@@ -107,6 +107,8 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
         summary["sensitivity"] = [{"modules": part.modules, "kl": part.kl} for part in parts]
         if config.gate is not None:
             summary["loss"] = measure_loss(original, folder, config.gate, plan.device)
+            sidecar.provenance["quantize"]["loss"] = summary["loss"]  # the card shows what is in there
+            (folder / sidecars.NAME).write_bytes(sidecar.to_bytes())
         (folder / REPORT).write_text(json.dumps(summary, indent=2) + "\n")
     if config.gate is not None and (bars := missed(config.gate, summary["loss"])):
         raise CheckFailed(f"{'; '.join(bars)}; {_costliest(source, plan, parts, summary)}; the artifact is in {out}")

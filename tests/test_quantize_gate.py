@@ -10,6 +10,7 @@ import torch
 from tiny import write_tiny
 
 from lcconvert.convert.cli import main
+from lcconvert.convert.hashing import verify_files
 from lcconvert.convert.quantize import REPORT, make_plan, quantize
 from lcconvert.convert.quantize_config import USUAL_GATES, Gate, QuantizeConfig
 from lcconvert.convert.round_layer import to_nearest
@@ -18,6 +19,7 @@ from lcconvert.convert.sensitivity import Part, sensitivities, within_budget
 from lcconvert.runtime.errors import CheckFailed, UserError
 from lcconvert.runtime.linear import LinearFormat
 from lcconvert.runtime.model import load_decoder
+from lcconvert.runtime.sidecar import Sidecar
 from lcconvert.runtime.source import FolderSource
 
 INT4, FP8 = LinearFormat("int4", 64), LinearFormat("fp8")
@@ -97,6 +99,8 @@ def test_bits_per_weight_is_kept_and_lowers_the_loss(source: Path, parts: list[P
     assert named == [m for part in within_budget(parts, 6.0) for m in part.modules]
     assert f"{named[0]}.weight" in FolderSource(mixed).names()
     (short,), (long,) = before["loss"], after["loss"]
+    assert Sidecar.read(FolderSource(mixed)).provenance["quantize"]["loss"] == after["loss"]
+    verify_files(mixed)  # the sidecar's hashes were taken last
     assert short["length"] == long["length"] == 512
     assert long["weights"]["mean_kl"] < short["weights"]["mean_kl"]
     assert 0 < short["kv"]["mean_kl"] < short["together"]["mean_kl"]
