@@ -21,7 +21,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, extract_model_from_parallel
+from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, extract_model_from_parallel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -44,7 +44,10 @@ def make_accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)  # it is global: an earlier run may have chosen otherwise
     sharded = sharding_asked()
     accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision=mixed_precision, fsdp_plugin=_sharding() if sharded else None
+        cpu=device.type == "cpu",
+        mixed_precision=mixed_precision,
+        fsdp_plugin=_sharding() if sharded else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # else gradients exist twice
     )
     accelerator.register_save_state_pre_hook(_save_unwrapped)
     accelerator.register_load_state_pre_hook(_load_unwrapped)
@@ -79,6 +82,7 @@ def _sharding() -> FullyShardedDataParallelPlugin:
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Layer"],
         mixed_precision_policy=MixedPrecisionPolicy(),
+        cpu_ram_efficient_loading=False,  # every process has read the weights
     )
 
 
