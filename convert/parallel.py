@@ -51,6 +51,8 @@ def make_accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
     )
     accelerator.register_save_state_pre_hook(_save_unwrapped)
     accelerator.register_load_state_pre_hook(_load_unwrapped)
+    if device.type == "cuda" and mixed_precision == "no" and accelerator.num_processes > 1:
+        raise UserError("dtype is float32, expected bfloat16 where several GPUs share sequences; leave dtype out")
     asked = getattr(accelerator, "parallelism_config", None)
     for kind in ("tp_size", "sp_size"):
         if asked and getattr(asked, kind, 1) > 1:
