@@ -3,7 +3,7 @@
 Three ways apart: the weights alone, the KV cache alone (the source's own weights, read back through the artifact's
 cache), and both together as the artifact is served. A prefill attends with exact keys and values, so where the cache
 counts the text is fed in steps, each of which reads all tokens before it from the cache. The arithmetic is
-`validate`'s; needles are left to it.
+`validate`'s; needles are left to it, and so is what the hybrid policy skips, as a step's few queries see all blocks.
 """
 
 from __future__ import annotations
