@@ -102,7 +102,7 @@ def test_many_clients(tmp_path: Path) -> None:
     engine = tiny_engine(tmp_path)
     expected = expected_answers(engine)
     with running(engine, sessions=Sessions(tmp_path / "sessions", engine, "hash")) as url:
-        check(asyncio.run(load(url, expected, clients=40, requests=160)), 160)
+        check(asyncio.run(load(url, expected, clients=30, requests=120)), 120)
     assert not any(engine.pool.users), "a page is still held"
     assert not list((tmp_path / "sessions").glob("*.partial"))
 
