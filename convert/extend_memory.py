@@ -10,6 +10,7 @@ both memories for attention outputs, which can be computed again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lcconvert.convert.extend_config import REPLAY_ROW, ExtendConfig, Stage
@@ -164,7 +165,16 @@ class Memory:
             waiting += 2 * spec.hidden_size * (4 + size) + size * 4 * spec.intermediate_size  # norms, MLP
         working = 6 * size * spec.intermediate_size + 20 * spec.hidden_size  # a layer's MLP and its gradients
         peak = held + tokens * (spec.num_layers * waiting + working + 8 * spec.head_dim) + self._head()
+        peak += self._exchanged(stage)
         return self._stage((), peak, self._host_state)
+
+    def _exchanged(self, stage: Stage) -> int:
+        """Of rows that several devices share: gathered keys and values of a layer, their gradients in float32 twice."""
+        sharing = self.devices // math.gcd(self.devices, stage.batch_size)
+        if sharing == 1 or stage.questions:
+            return 0
+        rows = stage.batch_size * sharing // self.devices
+        return 2 * rows * stage.seq_len * self.spec.kv_size * (self.size + 8)
 
     def _stage(self, keeps: tuple[Keep, ...], device: int, host: int) -> StageMemory:
         fits = device <= (1 - _KEPT_FREE) * self.device and host <= self._host_limit
@@ -176,35 +186,35 @@ class Memory:
         tokens = -(-stage.batch_size * stage.seq_len // self.devices)
         hidden, query, keys = (tokens * size * width for width in (spec.hidden_size, spec.q_size, spec.kv_size))
         waiting = query + 4 * tokens * spec.num_heads  # of attention: output and sums
-        work = self._layer_pass(tokens, hidden, query, keys)
-        held = self._weights
-        at_ends = 6 * hidden + self._head()
-        first = held + max(self._gradient * self._trained_in_head + work + hidden + query, at_ends)
-        looked_up = self._trained_at_ends - self._trained_in_head  # whose gradient comes last, and nothing waits then
-        last = held + self._gradient * self.trained + max(work - self._gradient * looked_up, 3 * hidden)
+        work = self._layer_pass(tokens, hidden, query, keys) + self._exchanged(stage) // spec.num_kv_heads
+        held, head = self._weights, self._gradient * self._trained_in_head
 
-        room = int((1 - _KEPT_FREE) * self.device) - first
+        def placed(inputs_off: int, outputs_off: int, outputs_on: int) -> StageMemory:
+            again = layers - outputs_off - outputs_on
+            keeps = tuple(
+                Keep(
+                    "host" if number < inputs_off else "device",
+                    "again" if number < again else "host" if number < again + outputs_off else "device",
+                )
+                for number in range(layers)
+            )  # what waits on the device is wanted first
+            on_device = (layers - inputs_off) * hidden + outputs_on * waiting
+            fetched = hidden * (inputs_off > 0) + query * (outputs_off > 0)  # for the layer before
+            own = hidden * (inputs_off < layers) + query * (outputs_on > 0)  # of the first one, no longer waiting
+            first = held + on_device + max(head + work + fetched - own, 6 * hidden + self._head())
+            looked_up = self._trained_at_ends - self._trained_in_head  # whose gradient comes last
+            last = held + self._gradient * self.trained + max(work - self._gradient * looked_up, 3 * hidden)
+            host = self._host_state + inputs_off * hidden + outputs_off * waiting
+            return self._stage(keeps, max(first, last), host)
+
+        whole = placed(0, 0, layers)
+        if whole.fits:
+            return whole
         host_room = max(0, self._host_limit - self._host_state)
-        if layers * (hidden + waiting) <= room:
-            inputs_off = outputs_off = 0
-            outputs_on = layers
-        else:
-            inputs_off = min(layers, host_room // hidden)
-            outputs_off = min(layers, (host_room - inputs_off * hidden) // waiting)
-            left = room - (layers - inputs_off) * hidden
-            outputs_on = max(0, min(layers - outputs_off, left // waiting))
-        again = layers - outputs_off - outputs_on
-        keeps = [
-            Keep(
-                "host" if number < inputs_off else "device",
-                "again" if number < again else "host" if number < again + outputs_off else "device",
-            )
-            for number in range(layers)
-        ]  # what waits on the device is wanted first
-        on_device = (layers - inputs_off) * hidden + outputs_on * waiting
-        host = self._host_state + inputs_off * hidden + outputs_off * waiting
-        peak = max(first + on_device, last)
-        return self._stage(tuple(keeps), peak, host)
+        inputs_off = min(layers, host_room // hidden)
+        outputs_off = min(layers, (host_room - inputs_off * hidden) // waiting)
+        tries = (placed(inputs_off, outputs_off, on) for on in range(layers - outputs_off, -1, -1))
+        return next((found for found in tries if found.fits), placed(inputs_off, outputs_off, 0))
 
     def _layer_pass(self, tokens: int, hidden: int, query: int, keys: int) -> int:
         """What the backward pass of one layer holds."""
