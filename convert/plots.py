@@ -74,12 +74,15 @@ def _heatmap(axes: Axes, needles: Needles, report: Report, lengths: list[int], d
 
 
 def perplexity_png(report: Report) -> bytes:
-    """Perplexity of the same target tokens against the context before them, log scale."""
+    """Perplexity of the same target tokens against the context before them, and of every token by its position."""
     assert report.perplexity is not None
     points = [(p.context, p.ppl) for p in report.perplexity.by_context if p.ppl is not None]
     figure = Figure(figsize=(6.4, 3.8), dpi=120)
     axes = figure.add_subplot()
-    axes.plot([math.log2(n) for n, _ in points], [ppl for _, ppl in points], marker="o", color="#2f5f9f", linewidth=1.8)
+    axes.plot(
+        [math.log2(n) for n, _ in points], [ppl for _, ppl in points], marker="o", color="#2f5f9f", linewidth=1.8,
+        label="the last tokens, with so much context",
+    )  # fmt: skip
     for n, ppl in points:
         axes.annotate(
             f"{ppl:.4g}", (math.log2(n), ppl), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9,
@@ -88,9 +91,17 @@ def perplexity_png(report: Report) -> bytes:
     contexts = [p.context for p in report.perplexity.by_context]
     edges = (math.log2(contexts[0]) - 0.5, math.log2(contexts[-1]) + 0.5)
     axes.set_xlim(*edges)
+    placed = [(math.log2(row.start * row.end) / 2, row.ppl) for row in report.perplexity.by_position]
+    placed = [(x, ppl) for x, ppl in placed if edges[0] < x < edges[1]]
+    if placed:
+        axes.plot(
+            [x for x, _ in placed], [ppl for _, ppl in placed], marker="s", markersize=4, color="#8a8a8a",
+            linewidth=1, linestyle=":", label="every token, by its position",
+        )  # fmt: skip
+        axes.legend(fontsize=8, frameon=False, loc="lower left")
     axes.set_xticks([math.log2(n) for n in contexts], [format_count(n) for n in contexts])
-    if points:
-        low, high = min(ppl for _, ppl in points), max(ppl for _, ppl in points)
+    if drawn := [ppl for _, ppl in (*points, *placed)]:
+        low, high = min(drawn), max(drawn)
         if high > 10 * low:
             axes.set_yscale("log")
             axes.set_ylim(low / 1.5, high * 2)
