@@ -23,7 +23,8 @@ REPLAY_ROW = 8 * REPLAY_TOKENS  # beside every update of a stage with questions
 
 
 class Stage(BaseModel):
-    """One stretch of training at one real length. Tokens per optimizer step: seq_len * batch_size * accumulate.
+    """One stretch of training at one real length. Tokens per optimizer step: seq_len * batch_size * accumulate,
+    on however many GPUs.
 
     lr: peak AdamW rate; it rises over `warmup` steps and falls to a tenth of itself by the stage's end (cosine).
     pose_chunks: most chunks a window is cut into to reach the context; 1 trains the real length only.
