@@ -147,12 +147,12 @@ class _Artifact:
     @cached_property
     def linear(self) -> dict[str, str]:
         """Linear layer -> "int4 by groups of 128", "fp8" or "16 bit"."""
-        names = [
-            f"model.layers.{number}.{part}.{leaf}"
-            for number in range(self.spec.num_layers)
-            for part, leaves in (("self_attn", (*_FUSED[0][1], "o_proj")), ("mlp", (*_FUSED[1][1], "down_proj")))
-            for leaf in leaves
-        ]
+        names = []
+        for number in range(self.spec.num_layers):
+            routed = range(self.spec.num_experts) if number in self.spec.routed else None
+            mlps = ["mlp"] if routed is None else [f"mlp.experts.{expert}" for expert in routed]
+            parts = [("self_attn", (*_FUSED[0][1], "o_proj")), *((mlp, (*_FUSED[1][1], "down_proj")) for mlp in mlps)]
+            names += [f"model.layers.{number}.{part}.{leaf}" for part, leaves in parts for leaf in leaves]
         found = {}
         for name in names:
             form = self.layout.format_of(name)
@@ -284,10 +284,14 @@ class _Artifact:
         if extra := sorted(name for name in present - wanted if not name.endswith(beside)):
             result.refused.append(f"tensor {extra[0]} has no place in a {self.spec.family} model ({len(extra)} in all)")
         self._read_groups(result)
+        if self.spec.routed and self.engine == "transformers" and self.layout.groups:
+            result.refused.append("packed experts, which transformers has no place for and would make up")
+        if self.spec.routed and self.engine == "onnxruntime":
+            result.refused.append("experts, which the ONNX export does not compute")
         if self.engine not in ("vllm", "sglang"):
             return
         for number in range(self.spec.num_layers):
-            for part, leaves in _FUSED:
+            for part, leaves in _FUSED if number not in self.spec.routed else _FUSED[:1]:
                 kinds = {leaf: self.linear[f"model.layers.{number}.{part}.{leaf}"] for leaf in leaves}
                 if len(set(kinds.values())) > 1:
                     stored = ", ".join(f"{leaf} {kind}" for leaf, kind in kinds.items())

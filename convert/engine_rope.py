@@ -40,7 +40,9 @@ def engine_rope(engine: str, spec: ModelSpec, dtype: torch.dtype) -> EngineRope:
     kept = torch.float32 if engine in ("llama.cpp", "onnxruntime") else dtype
     angle = _angles(engine, rope, spec.head_dim, positions)
     exact = torch.stack(cos_sin(rope, spec.head_dim, positions, torch.float64))
-    table = torch.stack((angle.cos() * scale, angle.sin() * scale)).to(kept).double()
+    turns = inv_freq(rope, spec.head_dim)[0] != 0  # the rest of a head is left as it is
+    scales = torch.where(turns, torch.tensor(scale, dtype=torch.float64), 1.0)
+    table = torch.stack((angle.cos() * scales, angle.sin() * scales)).to(kept).double()
     error = (table - exact).abs().amax((0, 2))
     return EngineRope(
         kind=rope.kind,

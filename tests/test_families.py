@@ -18,6 +18,7 @@ import transformers
 from families import CONTEXT, ROWS, TOKENS, Written, outcome, table, written
 from safetensors.torch import load_file, save_file
 
+from lcconvert.convert.engine_check import check_engine
 from lcconvert.convert.export_weights import ExportWeights
 from lcconvert.convert.prefix_tuning import hidden_after, read_prefix
 from lcconvert.convert.quantize import quantize
@@ -225,3 +226,13 @@ def test_decode_within_a_window_reads_the_right_tokens(families_root: Path, sche
             k, v = (torch.empty(seq.length, 2, 32) for _ in range(2))
             pool.read_prefix(seq, 0, k, v)
             torch.testing.assert_close(out, banded_attention(query[None], k, v, window)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_what_other_engines_make_of_it(row: str, families_root: Path) -> None:
+    """Their rotary table is ours but for 16-bit rounding, or a difference is told; so are experts not read."""
+    out = outcome(row, "quantize", families_root).folder
+    spec = ModelSpec.from_config(_config(Path(str(out))))
+    for engine in ("vllm", "transformers", "onnxruntime"):
+        reading = check_engine(str(out), engine)
+        assert reading.otherwise or max(reading.rope.error.values()) < 5e-3
+        assert any("experts" in text for text in reading.refused) == (bool(spec.routed) and engine != "vllm")
