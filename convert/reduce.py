@@ -168,8 +168,8 @@ def _without_each(
 
 def _loss(source: TensorSource, reduced: FolderSource, device: torch.device) -> dict[str, Any]:
     """What the reduced model lost against the whole one on held-out text."""
-    engine = Engine.load(source, device=device, max_context=_MEASURED)
     tokens = min(_MEASURED, Sidecar.read(source).context.configured)
+    engine = Engine.load(source, device=device, max_context=tokens)
     reference = read_reference(engine, Haystack.load().excerpt(engine.tokenizer, tokens, "the loss of reduction"))
     del engine
     result = compare(Engine.load(reduced, device=device, max_context=tokens), reference, 0)
