@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -291,9 +291,13 @@ class Kept:
     source: TensorSource
     layout: QuantLayout
 
+    def holds(self, module: str, form: LinearFormat) -> bool:
+        """Whether the weights of `module` are stored in `form`; how its inputs are taken does not matter."""
+        return self.layout.format_of(module) == replace(form, exact_inputs=False)
+
     def codes(self, module: str, form: LinearFormat) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Codes int8 or e4m3 [N, K] and scale [N, G] of `module` where they are stored in `form`."""
-        if self.layout.format_of(module) != form:
+        if not self.holds(module, form):
             return None
         return self.source.tensor(f"{module}.weight_codes"), self.source.tensor(f"{module}.weight_scale")
 

@@ -23,9 +23,10 @@ from torch import nn
 from lcconvert.convert.calibrate import Calibration, Reach, calibration_windows, load_layer, shared_input
 from lcconvert.convert.checkpoint import open_checkpoint
 from lcconvert.convert.ct_layout import kv_scale_tensors, quantization_config
+from lcconvert.convert.error_table import error_table
 from lcconvert.convert.gate import check_lengths, measure_loss, missed
 from lcconvert.convert.import_quantized import DecodedSource, Kept, decoded
-from lcconvert.convert.progress import progress
+from lcconvert.convert.progress import progress, say
 from lcconvert.convert.provenance import made_with, named_source, origin, public_name
 from lcconvert.convert.quantize_config import QuantizeConfig
 from lcconvert.convert.reduce_config import ReduceConfig
@@ -110,6 +111,7 @@ def quantize(src: str, out: Path, config: QuantizeConfig) -> Path:
             sidecar.provenance["quantize"]["loss"] = summary["loss"]  # the card shows what is in there
             (folder / sidecars.NAME).write_bytes(sidecar.to_bytes())
         (folder / REPORT).write_text(json.dumps(summary, indent=2) + "\n")
+    say(error_table(report))
     if config.gate is not None and (bars := missed(config.gate, summary["loss"])):
         raise CheckFailed(f"{'; '.join(bars)}; {_costliest(source, plan, parts, summary)}; the artifact is in {out}")
     return out
@@ -162,13 +164,15 @@ class Plan:
     """What will be written: decided before any work, and checked against the disk after it.
 
     `expected`: dtype and shape by tensor name. `outside`: the tensors of no layer. `dtype`: of all that stays 16 bit.
-    `kept`: the layers that a quantized source stores as we do. `windows`: calibration tokens int64 [S, T], or None.
+    `kept`: the layers that a quantized source stores as we do; `imported`: its quant_method. `windows`: calibration
+    tokens int64 [S, T], or None.
     """
 
     spec: ModelSpec
     form: LinearFormat
     layout: QuantLayout
-    kept: QuantLayout
+    kept: Kept
+    imported: str | None
     config_json: dict[str, Any]
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     outside: list[str]
@@ -193,15 +197,18 @@ class Plan:
 def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
     """Reads headers, config and tokenizer, no weights; every error that can be known now is raised now."""
     spec = ModelSpec.from_config(source.config)
-    kept = source.kept if isinstance(source, DecodedSource) else QuantLayout.from_config(source.config)
+    alike, imported = QuantLayout.from_config(source.config), None
+    if isinstance(source, DecodedSource):
+        alike, imported = source.kept, source.method
     source = decoder_source(source, spec)
+    kept = Kept(source, alike)
     with torch.device("meta"):
         plain = Decoder(spec)
     _check_complete(source, plain)
     ignore = ("lm_head", *([rf"re:.*{router_name(source.config)}$"] if spec.routed else []), *config.ignore)
     form = fp8 = LinearFormat("fp8", exact_inputs=config.inputs == "16-bit")
     if config.variant == "flash":
-        form = LinearFormat("int4", _group_size(plain, ignore, kept, config))
+        form = LinearFormat("int4", _group_size(plain, ignore, alike, config))
     kv = KVConfig(scheme=config.kv_scheme)
     # engines without our K8V4 pages keep K and V in fp8; vLLM refuses scales without the scheme they belong to
     block = quantization_config(form, ignore, wide=config.wide, fp8=fp8, fp8_kv=kv.scheme in ("fp8", "k8v4"))
@@ -223,8 +230,9 @@ def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
         form=form,
         layout=layout,
         kept=kept,
+        imported=imported,
         config_json=config_json,
-        expected=_expected(source, spec, layout, kept, dtype, kv),
+        expected=_expected(spec, layout, kept, dtype, kv),
         outside=[name for name, _ in plain.named_parameters() if not name.startswith("model.layers.")],
         dtype=dtype,
         kv=kv,
@@ -244,8 +252,7 @@ def quantized_layers(
     if plan.windows is not None:
         calibration = Calibration(source, plan.spec, plan.windows, plan.device)
     policy = plan.attention if plan.attention.kind == "hybrid" else None
-    kept = Kept(source, plan.kept)
-    rounding = Rounding(plan.layout, plan.dtype, config.damp if config.method == "gptq" else 0.0, kept)
+    rounding = Rounding(plan.layout, plan.dtype, config.damp if config.method == "gptq" else 0.0, plan.kept)
     written = decoder_source(decoded(FolderSource(folder)), plan.spec)
     for number in range(0 if calibration else done, plan.spec.num_layers):
         layer = load_layer(source, plan.spec, number, plan.device)
@@ -298,6 +305,8 @@ def _sidecar(src: str, source: TensorSource, plan: Plan, config: QuantizeConfig,
         attention = attention.model_copy(update={"alpha": [[round(a, 9) for a in row] for row in alphas]})
     settings = config.model_dump(mode="json") | {"calibration": [*map(public_name, config.calibration)]}
     step = {**named_source(src, source), "config": settings, **made_with(plan.device)}
+    if plan.imported:
+        step["imported"] = plan.imported
     provenance = {**origin(src, source), "quantize": step}
     context = plan.inherited.context.model_copy(update={"validated": None})  # validated lengths are of other weights
     return Sidecar(
@@ -364,7 +373,7 @@ def _group_size(plain: Decoder, ignore: tuple[str, ...], kept: QuantLayout, conf
 
 
 def _expected(
-    source: TensorSource, spec: ModelSpec, layout: QuantLayout, kept: QuantLayout, dtype: torch.dtype, kv: KVConfig
+    spec: ModelSpec, layout: QuantLayout, kept: Kept, dtype: torch.dtype, kv: KVConfig
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Every tensor of the artifact, from the model that will load it."""
     with torch.device("meta"):
@@ -373,8 +382,8 @@ def _expected(
     for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()):
         fixed = tensor.dtype if tensor.dtype in (torch.int32, torch.int64, FP8) else dtype
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight_scale" and (form := layout.format_of(module)) and form == kept.format_of(module):
-            fixed = source.info(name)[0]
+        if leaf == "weight_scale" and (form := layout.format_of(module)) and kept.holds(module, form):
+            fixed = kept.source.info(name)[0]
         expected[name] = (fixed, tuple(tensor.shape))
     if kv.scheme in ("fp8", "k8v4"):
         for number in range(spec.num_layers):

@@ -8,7 +8,7 @@ On SmolLM2-135M that took a third off the divergence that GPTQ alone leaves.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def round_layer(
         forms = {name: form for name in names if (form := rounding.layout.format_of(f"{prefix}.{name}"))}
         for name, form in list(forms.items()):
             full = f"{prefix}.{name}"
-            if rounding.kept and (stored := rounding.kept.codes(full, replace(form, exact_inputs=False))):
+            if rounding.kept and (stored := rounding.kept.codes(full, form)):
                 tensors |= (int4_tensors if form.kind == "int4" else fp8_tensors)(full, *stored)
                 rows.append({"name": full, "method": "kept", "output_error": 0.0, "sqnr_db": None})
                 del forms[name]
