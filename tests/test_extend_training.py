@@ -144,6 +144,19 @@ def test_killed_and_resumed_gives_the_same_bytes(
     assert [str(name) for name in names if (whole / name).read_bytes() != (resumed / name).read_bytes()] == []
 
 
+@pytest.mark.gpu
+def test_killed_on_a_gpu_and_resumed_gives_the_same_weights_to_rounding(work: Path) -> None:
+    settings = config(work, device="cuda", streamed=True, host_optimizer=True, tile=256)
+    unbroken = extend(str(work / "source"), work / "gpu", settings)
+    out = work / "gpu-killed"
+    arguments = [str(work / "source"), str(out), settings.model_dump_json(exclude={"steps"}), "step", "6"]
+    assert subprocess.run([sys.executable, "-c", KILLED, *arguments]).returncode == -signal.SIGKILL
+    resumed = FolderSource(extend(str(work / "source"), out, settings))
+    for name in resumed.names():
+        expected = FolderSource(unbroken).tensor(name).float()
+        torch.testing.assert_close(resumed.tensor(name).float(), expected, rtol=2e-2, atol=2e-3)
+
+
 def test_ctrl_c_saves_at_the_border_and_says_how_to_resume(
     work: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
