@@ -92,9 +92,8 @@ class HostAdamW(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros(())
             for name in _NAMES:
-                start = param.detach().reshape(-1) if name == "weight" else 0.0
                 state[name] = lock_pages(torch.zeros(param.numel()), param.device)
-                state[name].copy_(torch.as_tensor(start))
+            state["weight"].copy_(param.detach().view(-1))
         return state
 
     def state_dict(self) -> dict[str, Any]:
