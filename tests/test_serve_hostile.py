@@ -102,6 +102,12 @@ def test_a_child_that_dies_is_replaced(engine) -> None:
     assert first._process.poll() is not None
 
 
+@pytest.mark.parametrize("files", [{}, {"tokenizer.json": b"["}])
+def test_a_tokenizer_that_cannot_be_read_is_refused_at_the_start(files: dict) -> None:
+    with Texts(files) as encoder, pytest.raises(TextRefused, match=r"tokenizer\.json"):
+        encoder.start()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
