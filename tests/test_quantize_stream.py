@@ -55,8 +55,10 @@ counted(writer, "record_files")
 counted(writer, "_flush")
 counted(Path, "rename")
 commands = {
-    "calibrated": QuantizeConfig(samples=1, length=160, wide=("re:.*v_proj",), kv="k8v4", max_shard=30_000),
-    "free": QuantizeConfig(samples=0, attention="dense"),
+    "calibrated": QuantizeConfig(
+        samples=1, length=160, wide=("re:.*v_proj",), kv="k8v4", max_shard=30_000, device="cpu"
+    ),
+    "free": QuantizeConfig(samples=0, attention="dense", device="cpu"),
 }
 for name, config in commands.items():
     quantize(src, Path(root) / name, config)  # here, so that no child imports anything
