@@ -215,7 +215,11 @@ def quantize_command(
     heal_time: str | None,
     **options: Any,
 ) -> None:
-    """Quantize a 16-bit checkpoint into the flash or the pro variant."""
+    """Quantize a checkpoint into the flash or the pro variant.
+
+    SRC is a 16-bit checkpoint, or one of GPTQ, AWQ, compressed-tensors or scaled fp8; layers that are stored as they
+    will be keep their codes. The same command goes on with a run that was stopped, at the first layer not written.
+    """
     from lcconvert.convert.quantize_config import USUAL_GATES, QuantizeConfig
     from lcconvert.convert.reduce_config import ReduceConfig
     from lcconvert.convert.settings import make_config
