@@ -30,7 +30,7 @@ const seconds = (s) => (s < 10 ? `${s.toFixed(1)} s` : s < 100 ? `${Math.round(s
 
 function bytes(n) {
   for (const unit of ["B", "kB", "MB", "GB"]) {
-    if (n < 999.5) return `${unit === "B" || n >= 99.95 ? Math.round(n) : n.toPrecision(n < 9.995 ? 2 : 3)} ${unit}`;
+    if (n < 999.5) return `${unit === "B" ? Math.round(n) : n.toPrecision(3)} ${unit}`;
     n /= 1000;
   }
   return `${n.toPrecision(3)} TB`;
