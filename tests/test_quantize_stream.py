@@ -72,15 +72,16 @@ for name, config in commands.items():
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     # amid the second layer, at the last line of the journal, at the final name
-    for at in (total // 2, total - 3, total):
+    for at in (total // 2, total - 3, total) if name == "calibrated" else (total // 2,):
         out = f"{name}-{at}"
         assert run(out, at) == -signal.SIGKILL, at
         assert run(out) == 0
         print(name, at, total, (Path(root) / f"{out}.steps").read_text())
-    out = f"{name}-often"
-    for at in (3, 40, 36):  # before the first layer is done, in the second, in the third
-        assert run(out, at) == -signal.SIGKILL
-    assert run(out) == 0
+    if name == "calibrated":
+        out = f"{name}-often"
+        for at in (3, 40, 36):  # before the first layer is done, in the second, in the third
+            assert run(out, at) == -signal.SIGKILL
+        assert run(out) == 0
 """
 
 
@@ -97,18 +98,19 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     steps = [line.split() for line in result.stdout.splitlines()]
-    for name in ("calibrated", "free"):
+    for name, kills in (("calibrated", 4), ("free", 1)):
         wanted = {path.name: file_hash(path) for path in (tmp_path / "out" / name).iterdir()}
         assert RESUME not in wanted
         folders = [path for path in (tmp_path / "out").glob(f"{name}-*") if path.is_dir()]
-        assert len(folders) == 4
+        assert len(folders) == kills
         for folder in folders:
             assert {path.name: file_hash(path) for path in folder.iterdir()} == wanted, folder.name
         verify_files(folders[0])
         left = {int(at): (int(total), int(again)) for of, at, total, again in steps if of == name}
-        total, again = left[max(left)]
-        assert again < total / 4  # killed before its name was given: all layers stood
-        assert left[total // 2][1] <= 0.8 * total  # killed amid the second of three: one stood
+        assert all(again <= 0.8 * total for total, again in left.values())  # one of three layers stood, or more
+        if name == "calibrated":
+            total, again = left[max(left)]
+            assert again < total / 4  # killed before its name was given: all layers stood
 
 
 def test_ctrl_c_keeps_finished_layers_and_a_failure_keeps_nothing(tmp_path, monkeypatch, capsys) -> None:
