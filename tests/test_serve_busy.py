@@ -87,7 +87,7 @@ def alone(engine: Engine, prompt: str, max_tokens: int) -> str:
 def test_running_answers_share_steps_and_equal_those_given_alone(url, engine, monkeypatch) -> None:
     """Eleven answers of different lengths, three more than a step takes: they begin and end at different times."""
     prompts = [f"{number} " + "what is this? " * number for number in range(1, 12)]
-    tokens = [13 + 3 * number for number in range(11)]
+    tokens = [40 + 3 * number for number in range(11)]  # the first still runs when the eighth begins
     expected = [alone(engine, prompt, count) for prompt, count in zip(prompts, tokens)]
     steps: list[list[int]] = []
     decode = engine.decode_batch
