@@ -217,8 +217,9 @@ def quantize_command(
 ) -> None:
     """Quantize a checkpoint into the flash or the pro variant.
 
-    SRC is a 16-bit checkpoint, or one of GPTQ, AWQ, compressed-tensors or scaled fp8; layers that are stored as they
-    will be keep their codes. The same command goes on with a run that was stopped, at the first layer not written.
+    SRC is a 16-bit checkpoint, or one of GPTQ, AWQ, compressed-tensors, scaled fp8 or gpt-oss's MXFP4; layers that are
+    stored as they will be keep their codes. The same command goes on with a run that was stopped, at the first layer
+    not written.
     """
     from lcconvert.convert.quantize_config import USUAL_GATES, QuantizeConfig
     from lcconvert.convert.reduce_config import ReduceConfig

@@ -24,6 +24,7 @@ from lcconvert.convert.export_weights import GROUP_SIZES
 from lcconvert.convert.gguf_source import GgufSource
 from lcconvert.convert.inspect import find_faults
 from lcconvert.runtime.errors import UserError
+from lcconvert.runtime.families import family_of
 from lcconvert.runtime.linear import QuantLayout
 from lcconvert.runtime.model import Decoder
 from lcconvert.runtime.plan import kv_bytes_per_token
@@ -290,6 +291,8 @@ class _Artifact:
             result.refused.append("experts, which the ONNX export does not compute")
         if self.engine not in ("vllm", "sglang"):
             return
+        if family_of(self.source.config).stacked and self.layout.groups:
+            result.refused.append(f"packed experts of {self.spec.family} by themselves, where all are wanted as one")
         for number in range(self.spec.num_layers):
             for part, leaves in _FUSED if number not in self.spec.routed else _FUSED[:1]:
                 kinds = {leaf: self.linear[f"model.layers.{number}.{part}.{leaf}"] for leaf in leaves}

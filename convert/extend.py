@@ -32,7 +32,7 @@ from lcconvert.convert.parallel import sharding_asked, start_process
 from lcconvert.convert.provenance import made_with, named_source, public_name
 from lcconvert.convert.rope_methods import extend_rope
 from lcconvert.convert.shard_writer import Form, ShardWriter
-from lcconvert.convert.trainable import loaded_dtype
+from lcconvert.convert.trainable import check_trainable, loaded_dtype
 from lcconvert.convert.trainer import HOW_TO_RESUME, remove_state, train
 from lcconvert.convert.writer import new_folder, partial_folder, verify_folder, write_files
 from lcconvert.runtime.errors import CheckFailed, UserError
@@ -199,6 +199,8 @@ def _planned(config: ExtendConfig, spec: ModelSpec, device: torch.device, device
 def _check_request(source: TensorSource, spec: ModelSpec, config: ExtendConfig) -> None:
     if isinstance(source, DecodedSource) or source.config.get("quantization_config"):
         raise UserError(f"{source.name} is quantized; extend the 16-bit checkpoint that it was made from")
+    if config.plan:
+        check_trainable(spec, source.name)
     if config.plan and not config.data:
         raise UserError("training steps are asked for but no data is given; name text files or folders as data")
     for stage in config.plan:

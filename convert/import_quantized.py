@@ -25,6 +25,7 @@ from lcconvert.runtime.linear import LinearFormat, QuantLayout
 from lcconvert.runtime.model import Decoder
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.stacked import Unstacked, has_stacks
 
 _METHODS = ("gptq", "awq", "compressed-tensors", "fp8")
 _MARKS = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")  # a module with one of these is quantized
@@ -73,7 +74,9 @@ class Codes:
 
 def decoded(source: TensorSource) -> TensorSource:
     """`source` with plain weights: itself where it has them."""
-    return DecodedSource(source) if source.config.get("quantization_config") else source
+    if not (block := source.config.get("quantization_config")):
+        return source
+    return Unstacked(source) if block.get("quant_method") == "mxfp4" and has_stacks(source) else DecodedSource(source)
 
 
 class DecodedSource:

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -44,6 +44,7 @@ from lcconvert.runtime.model import Decoder, Layer, check_finite
 from lcconvert.runtime.sidecar import AttentionPolicy, KVConfig, Sidecar
 from lcconvert.runtime.source import FolderSource, TensorSource
 from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.stacked import Unstacked
 from lcconvert.runtime.stored import as_stored, decoder_source, router_name
 from lcconvert.runtime.tokenizer import Tokenizer
 
@@ -200,6 +201,8 @@ def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
     alike, imported = QuantLayout.from_config(source.config), None
     if isinstance(source, DecodedSource):
         alike, imported = source.kept, source.method
+    elif isinstance(source, Unstacked):
+        imported = "mxfp4"
     source = decoder_source(source, spec)
     kept = Kept(source, alike)
     with torch.device("meta"):
@@ -236,11 +239,19 @@ def make_plan(source: TensorSource, config: QuantizeConfig) -> Plan:
         outside=[name for name, _ in plain.named_parameters() if not name.startswith("model.layers.")],
         dtype=dtype,
         kv=kv,
-        attention=AttentionPolicy.model_validate({"kind": config.attention_kind}),
+        attention=AttentionPolicy.model_validate({"kind": _attention_kind(config, spec)}),
         inherited=Sidecar.read(source),
         windows=windows,
         device=_device(config),
     )
+
+
+def _attention_kind(config: QuantizeConfig, spec: ModelSpec) -> Literal["dense", "hybrid"]:
+    if not spec.sinks:
+        return config.attention_kind
+    if config.attention == "hybrid":
+        raise UserError(f"attention is hybrid, which has no sinks, and {spec.family} has them; leave attention out")
+    return "dense"
 
 
 def quantized_layers(

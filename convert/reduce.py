@@ -30,6 +30,7 @@ from lcconvert.convert.rows import StageRows
 from lcconvert.convert.sensitivity import divergences
 from lcconvert.convert.settings import make_config
 from lcconvert.convert.shard_writer import ShardWriter
+from lcconvert.convert.trainable import check_trainable
 from lcconvert.convert.trainer import HOW_TO_RESUME, remove_state, train
 from lcconvert.convert.writer import new_folder, verify_folder, write_files
 from lcconvert.runtime.engine import Engine
@@ -57,6 +58,7 @@ def reduce_depth(src: str, out: Path, config: ReduceConfig, device: torch.device
     if source.config.get("quantization_config"):
         raise UserError(f"{source.name} is quantized; reduce the 16-bit checkpoint that it was made from")
     spec = ModelSpec.from_config(source.config)
+    check_trainable(spec, source.name)
     count = round(config.share * spec.num_layers)
     if not 0 < count < spec.num_layers - 1:
         raise UserError(

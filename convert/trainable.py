@@ -13,7 +13,9 @@ import torch
 from lcconvert.convert.extend_config import ExtendConfig
 from lcconvert.convert.host_adamw import HostAdamW
 from lcconvert.convert.lora import add_lora
+from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.model import Decoder
+from lcconvert.runtime.spec import ModelSpec
 
 _BETAS = (0.9, 0.95)
 
@@ -28,6 +30,12 @@ def loaded_dtype(config: ExtendConfig, device: torch.device, host_optimizer: boo
     """What to load the weights in: the widest that none of them has to give up again."""
     narrow = host_optimizer or (config.lora_rank and "embeddings" not in config.lora_train)
     return compute_dtype(config, device) if narrow else torch.float32
+
+
+def check_trainable(spec: ModelSpec, name: str) -> None:
+    """UserError when no gradient is computed of a part of the model."""
+    if spec.sinks:
+        raise UserError(f"{name} has sinks in attention, which are not trained here; serve or quantize it as it is")
 
 
 def make_trainable(decoder: Decoder, config: ExtendConfig, *, host_optimizer: bool) -> torch.optim.Optimizer:

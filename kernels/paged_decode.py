@@ -71,10 +71,13 @@ class PagePart:
         assert self.tokens.is_contiguous()
 
 
-def attend_pages(q: torch.Tensor, parts: Sequence[PagePart], scale: float | None = None) -> torch.Tensor:
+def attend_pages(
+    q: torch.Tensor, parts: Sequence[PagePart], scale: float | None = None, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention of q [S, Hq, D] over the tokens of all parts together -> [S, Hq, D] in q's dtype.
 
-    `scale` defaults to 1/sqrt(D). A sequence without a token gives zeros.
+    `scale` defaults to 1/sqrt(D). A sequence without a token gives zeros. `sinks` float32 [Hq]: one more score of each
+    head, behind which there is no value.
     """
     assert q.is_contiguous()
     assert q.is_floating_point()
@@ -85,11 +88,13 @@ def attend_pages(q: torch.Tensor, parts: Sequence[PagePart], scale: float | None
     scale = q.shape[2] ** -0.5 if scale is None else scale
     known = all(x.kind != "plain" or dot_dtype(x.data) is not None for part in parts for x in (part.k, part.v))
     if use_triton(q) and q.shape[2] in (32, 64, 128) and known:
-        return _attend_triton(q, parts, scale)
-    return attend_pages_torch(q, parts, scale)
+        return _attend_triton(q, parts, scale, sinks)
+    return attend_pages_torch(q, parts, scale, sinks)
 
 
-def attend_pages_torch(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> torch.Tensor:
+def attend_pages_torch(
+    q: torch.Tensor, parts: Sequence[PagePart], scale: float, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """The reference: gathered pages in float32 products."""
     sequences, heads, d = q.shape
     kv_heads = parts[0].k.data.shape[1]
@@ -100,6 +105,8 @@ def attend_pages_torch(q: torch.Tensor, parts: Sequence[PagePart], scale: float)
         if pieces:
             outs, lses = (torch.stack(x) for x in zip(*pieces, strict=True))  # [n, Hkv, G, D], [n, Hkv, G]
             lse = lses.logsumexp(0)
+            if sinks is not None:
+                lse = torch.logaddexp(lse, sinks.view(lse.shape))
             weight = torch.exp(lses - torch.where(lse == -torch.inf, 0.0, lse))  # no tokens weigh 0, not NaN
             out[s] = (outs * weight[..., None]).sum(0).view(heads, d)
     return out.to(q.dtype)
@@ -407,8 +414,9 @@ def _decode_kernel(
 
 @jit("slots")
 def _merge_kernel(
-    outs, lses, owner, out, slots,
+    outs, lses, owner, sinks, out, slots,
     SLOTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    SINKS: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     sequence = tl.program_id(1)
@@ -418,15 +426,22 @@ def _merge_kernel(
     row = slot * HEADS + head
     each = tl.load(lses + row, mask=mine, other=-float("inf"))
     best = tl.max(each, 0)
+    if SINKS:
+        sink = tl.load(sinks + head) * LOG2E
+        best = tl.maximum(best, sink)
     best = tl.where(best == -float("inf"), 0.0, best)  # nothing anywhere: weights 0, not NaN
     weight = tl.math.exp2(each - best)
     total = tl.sum(weight, 0)
+    if SINKS:
+        total += tl.math.exp2(sink - best)
     some = tl.where(total > 0, total, 1.0)
     values = tl.load(outs + row[:, None] * D + channel[None, :], mask=mine[:, None], other=0.0)
     tl.store(out + (sequence * HEADS + head) * D + channel, tl.sum(values * weight[:, None], 0) / some)
 
 
-def _attend_triton(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> torch.Tensor:
+def _attend_triton(
+    q: torch.Tensor, parts: Sequence[PagePart], scale: float, sinks: torch.Tensor | None
+) -> torch.Tensor:
     sequences, heads, d = q.shape
     kv_heads = parts[0].k.data.shape[1]
     group = heads // kv_heads
@@ -465,8 +480,9 @@ def _attend_triton(q: torch.Tensor, parts: Sequence[PagePart], scale: float) -> 
         first, ends = first + grid, None
     out = torch.empty_like(q)
     _merge_kernel[(heads, sequences, d // 32)](
-        outs, lses, owner, out, slots,
-        SLOTS=triton.next_power_of_2(slots), HEADS=heads, GROUP=group, D=d, WIDE=32, num_warps=4,
+        outs, lses, owner, sinks, out, slots,
+        SLOTS=triton.next_power_of_2(slots), HEADS=heads, GROUP=group, D=d, WIDE=32,
+        SINKS=sinks is not None, LOG2E=LOG2E, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -118,15 +118,17 @@ class DecodeStep:
             )
             if layer.window is None:
                 full = self._full_part(number, q, inputs.table, full_tokens, full_pages)
-                attended = attend_pages(q, [exact, full])
+                attended = attend_pages(q, [exact, full], sinks=layer.sinks)
             else:
-                attended = self._within_window(number, q, inputs, layer.window)
+                attended = self._within_window(number, q, inputs, layer.window, layer.sinks)
             delta = layer.normed_out(products.o(attended.flatten(1)), layer.attn_out_norm)
             delta = layer.mlp(products, x, delta)
         norm = self._model.model.norm
         return F.linear(rms_norm(x, norm.factor, norm.eps, delta=delta), self._model.head_weight).float()
 
-    def _within_window(self, number: int, q: torch.Tensor, inputs: StepInputs, window: int) -> torch.Tensor:
+    def _within_window(
+        self, number: int, q: torch.Tensor, inputs: StepInputs, window: int, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attention of q [S, Hq, D] over the newest `window` tokens, their pages expanded -> [S, Hq, D].
 
         As many pages as a window can touch are always read, and masked where they are not there, so that shapes do
@@ -152,7 +154,7 @@ class DecodeStep:
             return rows.masked_fill(~mask[..., None, None], 0.0)  # what was never written may be NaN
 
         k, v = gathered(pool.exact_k[number], pool.k[number]), gathered(pool.exact_v[number], pool.v[number])
-        return masked_attention(q[:, None], k, v, mask[:, None, None])[:, 0]
+        return masked_attention(q[:, None], k, v, mask[:, None, None], sinks)[:, 0]
 
     def _full_part(
         self, number: int, q: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor, pages: torch.Tensor

@@ -87,6 +87,10 @@ class Family:
     unrotated: bool = False  # some layers have no RoPE
     partial: bool = False  # a share of the channels may turn
     interleaved: bool = False  # neighbouring channels turn together, not channel i with i + half
+    sinks: bool = False  # every head has a logit that nothing is behind
+    stacked: bool = False  # plain experts lie in one tensor, as `stacked.py` tells
+    clamped: bool = False  # experts have gpt-oss's activation
+    experts_bias: bool = False  # in experts and in what chooses them
     experts: tuple[str, ...] = ()  # the fields that count them; () for an MLP in every layer
     expert_size: str = "intermediate_size"  # the field with their inner width
     rope_kinds: tuple[str, ...] = ("default", "linear", "yarn", "longrope", "llama3")
@@ -110,7 +114,8 @@ class Family:
                     f"config.json: {key} is {config[key]!r}, which is not supported for a {self.name} model; "
                     f"supported is {' or '.join(map(repr, allowed))}"
                 )
-        return {**self.defaults, **config}
+        objects = {key for key, value in self.defaults.items() if isinstance(value, dict)}
+        return {**self.defaults, **{k: v for k, v in config.items() if v is not None or k not in objects}}
 
 
 FAMILIES = {
@@ -176,6 +181,42 @@ FAMILIES = {
         windows="all",
         experts=("num_experts", "num_local_experts"),
         expert_size="moe_intermediate_size",
+    ),
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        {
+            **_BASE,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150_000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "attention_bias": True,
+            "sliding_window": 128,
+            "layer_types": None,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            "experts_per_token": None,  # these two are of OpenAI's own code
+            "initial_context_length": None,
+        },
+        o_bias=True,
+        windows="types",
+        pattern=2,
+        sinks=True,
+        stacked=True,
+        clamped=True,
+        experts_bias=True,
+        experts=("num_local_experts",),
+        names={"mlp.gate": "mlp.router"},
     ),
     "Phi3ForCausalLM": Family(
         "phi3",

@@ -21,6 +21,7 @@ from lcconvert.runtime.banded import banded_attention
 from lcconvert.runtime.errors import UserError
 from lcconvert.runtime.linear import QuantLayout, make_linear
 from lcconvert.runtime.rope import apply_rope, cos_sin
+from lcconvert.runtime.sinks import with_sinks
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
 from lcconvert.runtime.stored import decoder_source, stored_name
@@ -38,12 +39,20 @@ _BACKENDS = [
 _CHECKED = 1 << 24  # values looked at at a time
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """Dense causal attention over the order of rows, by the fastest kernel that PyTorch has for it."""
+    dim = q.shape[-1]
+    if sinks is not None:  # a query for the row of the sink keeps it square; its output is dropped
+        q, k, v = with_sinks(q, k, v, sinks)
+        q = torch.cat((q[..., :1, :, :], q), -3)
     q, k, v = (x.transpose(-2, -3) for x in (q, k, v))  # [B, heads, T, D]
     with sdpa_kernel(_BACKENDS, set_priority=True):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
-    return out.transpose(-2, -3)
+        gqa = q.shape[-3] != k.shape[-3]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa, scale=dim**-0.5)
+    out = out.transpose(-2, -3)
+    return out if sinks is None else out[..., 1:, :, :dim]
 
 
 def checkpointed(
@@ -94,6 +103,7 @@ class Attention(nn.Module):
         self.k_proj = linear("k_proj", spec.hidden_size, spec.kv_size, spec.qkv_bias)
         self.v_proj = linear("v_proj", spec.hidden_size, spec.kv_size, spec.qkv_bias)
         self.o_proj = linear("o_proj", spec.q_size, spec.hidden_size, spec.o_bias)
+        self.sinks = nn.Parameter(torch.empty(spec.num_heads)) if spec.sinks else None
         self.whole_norm = spec.qk_norm_whole
         q_size, k_size = (spec.q_size, spec.kv_size) if spec.qk_norm_whole else (spec.head_dim, spec.head_dim)
         self.q_norm, self.k_norm = (
@@ -123,7 +133,7 @@ class MLP(nn.Module):
         self.gate_proj = make_linear(h, m, bias, layout.format_of(f"{name}.gate_proj"))
         self.up_proj = make_linear(h, m, bias, layout.format_of(f"{name}.up_proj"))
         self.down_proj = make_linear(m, h, bias, layout.format_of(f"{name}.down_proj"))
-        self.activation = spec.activation
+        self.activation, self.swiglu = spec.activation, spec.swiglu
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.gated(x))
@@ -131,6 +141,10 @@ class MLP(nn.Module):
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] -> the input of the down projection [..., I]."""
         gate = self.gate_proj(x)
+        if self.activation == "clamped":
+            alpha, limit = self.swiglu
+            gate, up = gate.clamp(max=limit), self.up_proj(x).clamp(-limit, limit)
+            return (up + 1) * (gate * torch.sigmoid(gate * alpha))
         gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
         return gate * self.up_proj(x)
 
@@ -145,7 +159,7 @@ class Experts(nn.Module):
     def __init__(self, spec: ModelSpec, layout: QuantLayout, name: str):
         super().__init__()
         self.per_token, self.sum_to_one = spec.experts_per_token, spec.weights_sum_to_one
-        self.gate = nn.Linear(spec.hidden_size, spec.num_experts, bias=False)
+        self.gate = nn.Linear(spec.hidden_size, spec.num_experts, bias=spec.router_bias)
         self.experts = nn.ModuleList(
             MLP(spec, layout, f"{name}.experts.{number}", spec.expert_size) for number in range(spec.num_experts)
         )
@@ -207,7 +221,10 @@ class Layer(nn.Module):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """`causal_attention`, within the layer's window if it has one."""
-        return causal_attention(q, k, v) if self.window is None else banded_attention(q, k, v, self.window)
+        sinks = self.self_attn.sinks
+        if self.window is None:
+            return causal_attention(q, k, v, sinks)
+        return banded_attention(q, k, v, self.window, sinks)
 
     def forward(
         self,

@@ -23,6 +23,8 @@ def plain_parts(spec: ModelSpec) -> list[str]:
             f"{len(spec.windowed)} of {spec.num_layers} layers see {spec.window} tokens: PyTorch attention over the "
             "window; their KV pages are kept for the whole context"
         )
+    if spec.sinks:
+        found.append("sinks in attention: prefill always dense, in PyTorch")
     if spec.head_dim not in KERNEL_DIMS:
         found.append(f"head size {spec.head_dim}: decode attention by PyTorch, without a CUDA graph")
     if spec.routed:

@@ -179,7 +179,8 @@ class _LayerPass:
         first, last = self.start + begin, self.start + end
         attended = prefill_attention(
             q, self.k[:last], self.v[:last], q_offset=first, total=len(self.k), policy=setup.policy,
-            alpha=setup.alpha[number], pooled=pooled, window=layer.window, timer=self.timer,
+            alpha=setup.alpha[number], pooled=pooled, window=layer.window, sinks=layer.sinks,
+            timer=self.timer,
         )  # fmt: skip
         taken = products.o.taken(attended)
         with part(self.timer, "gemm"):

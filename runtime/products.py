@@ -100,6 +100,7 @@ class LayerWeights:
     def __init__(self, layer: Layer):
         attn, mlp = layer.self_attn, layer.mlp
         self.window, self.whole_norm, self.head_dim = layer.window, attn.whole_norm, attn.head_dim
+        self.sinks = None if attn.sinks is None else attn.sinks.detach().float()
         self.input_norm, self.mlp_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self.attn_out_norm, self.mlp_out_norm = _norm(layer.post_self_attn_layernorm), _norm(layer.post_mlp_layernorm)
         self.q_norm, self.k_norm = _norm(attn.q_norm), _norm(attn.k_norm)

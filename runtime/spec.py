@@ -46,7 +46,9 @@ class ModelSpec:
     norm_shift: float = 0.0
     query_gain: float = 1.0
     embed_scale: float = 1.0
-    activation: Literal["silu", "gelu"] = "silu"
+    activation: Literal["silu", "gelu", "clamped"] = "silu"
+    swiglu: tuple[float, float] = (0.0, 0.0)  # alpha and limit of the clamped one
+    sinks: bool = False
     interleaved: bool = False  # as stored: the decoder turns halves
     window: int | None = None
     windowed: tuple[int, ...] = ()  # numbers of the layers with the window
@@ -56,6 +58,7 @@ class ModelSpec:
     experts_per_token: int = 0
     expert_size: int = 0  # inner width of one
     weights_sum_to_one: bool = True  # those of a token's experts
+    router_bias: bool = False
     routed: tuple[int, ...] = ()  # numbers of the layers with experts; the others have an MLP
 
     @classmethod
@@ -93,7 +96,7 @@ class ModelSpec:
             max_position=positive(values, "max_position_embeddings"),
             qkv_bias=family.qkv_bias or attention_bias,
             o_bias=attention_bias and family.o_bias,
-            mlp_bias=bool(values.get("mlp_bias", False)),
+            mlp_bias=bool(values.get("mlp_bias", False)) or family.experts_bias,
             qk_norm=family.qk_norm != "none",
             tied_head=bool(values["tie_word_embeddings"]),
             eos_ids=_ids(values["eos_token_id"]),
@@ -104,7 +107,9 @@ class ModelSpec:
             norm_shift=family.norm_shift,
             query_gain=(head_dim / scalar) ** 0.5,
             embed_scale=hidden**0.5 if family.scaled_embeddings else 1.0,
-            activation=_ACTIVATIONS[act],
+            activation="clamped" if family.clamped else _ACTIVATIONS[act],
+            swiglu=(_number(values, "swiglu_alpha"), _number(values, "swiglu_limit")) if family.clamped else (0.0, 0.0),
+            sinks=family.sinks,
             interleaved=family.interleaved,
             window=window,
             windowed=windowed,
@@ -180,6 +185,7 @@ class ModelSpec:
             f"scores scaled by {self.query_gain:g} more": self.query_gain != 1,
             f"embeddings scaled by {self.embed_scale:g}": self.embed_scale != 1,
             f"{self.activation} in the MLP": self.activation != "silu",
+            "sinks in attention": self.sinks,
             f"{self.num_experts} experts in {len(self.routed)} of {self.num_layers} layers": bool(self.routed),
         }
         return tuple(text for text, present in found.items() if present)
@@ -191,8 +197,10 @@ class ModelSpec:
         attention += (self.q_size + 2 * self.kv_size if self.qkv_bias else 0) + (h if self.o_bias else 0)
         if self.qk_norm:
             attention += self.q_size + self.kv_size if self.qk_norm_whole else 2 * self.head_dim
+        attention += self.num_heads if self.sinks else 0
         mlp = 3 * h * m + (2 * m + h if self.mlp_bias else 0)
-        experts = h * self.num_experts + 3 * h * self.expert_size * self.num_experts
+        expert = 3 * h * self.expert_size + (2 * self.expert_size + h if self.mlp_bias else 0)
+        experts = (h + self.router_bias + expert) * self.num_experts
         norms = 2 * h * (self.pre_norms + self.post_norms)
         embeddings = self.vocab_size * h * (1 if self.tied_head else 2)
         mlps = len(self.routed) * experts + (self.num_layers - len(self.routed)) * mlp
@@ -246,6 +254,7 @@ def _experts(family: Family, values: dict[str, Any], layers: int) -> dict[str, A
         "experts_per_token": per_token,
         "expert_size": positive(values, family.expert_size),
         "weights_sum_to_one": bool(values.get("norm_topk_prob", True)),
+        "router_bias": family.experts_bias,
         "routed": tuple(n for n in range(layers) if n not in dense and (n + 1) % step == 0),
     }
 
@@ -298,6 +307,13 @@ def positive(config: dict[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"config.json: {key} is {value!r}, expected a positive integer")
     return value
+
+
+def _number(config: dict[str, Any], key: str) -> float:
+    value = config.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UserError(f"config.json: {key} is {value!r}, expected a number")
+    return float(value)
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:

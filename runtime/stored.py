@@ -20,6 +20,7 @@ import torch
 from lcconvert.runtime.families import Family, family_of
 from lcconvert.runtime.source import TensorSource
 from lcconvert.runtime.spec import ModelSpec
+from lcconvert.runtime.stacked import Unstacked, has_stacks, stacked
 
 _PART = re.compile(r"(model\.layers\.\d+\.)(.+)\.(\w+)")  # layer, part, leaf
 
@@ -89,7 +90,8 @@ class _DecoderSource:
         return [mine for name in self._source.names() for mine in self._layout.decoder_names(name)]
 
     def stored_name(self, name: str) -> str:
-        return self._layout.place(name)[0]
+        stored = self._layout.place(name)[0]
+        return self._source.stored_name(stored) if isinstance(self._source, Unstacked) else stored
 
     def info(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         stored, place = self._layout.place(name)
@@ -111,7 +113,10 @@ class _DecoderSource:
 
 def decoder_source(source: TensorSource, spec: ModelSpec) -> TensorSource:
     """`source` as the decoder names and orders its tensors; `source` itself where its family does the same."""
-    layout = _Layout(family_of(source.config), spec)
+    family = family_of(source.config)
+    if family.stacked and has_stacks(source):
+        source = Unstacked(source)
+    layout = _Layout(family, spec)
     return _DecoderSource(source, layout) if layout.places and not isinstance(source, _DecoderSource) else source
 
 
@@ -127,7 +132,9 @@ def as_stored(
 
     Holds the parts of joined tensors only until all have come. Meta tensors give the shapes alone.
     """
-    layout = _Layout(family_of(config), spec)
+    layout = _Layout(family := family_of(config), spec)
+    if family.stacked and not config.get("quantization_config"):
+        tensors = stacked(tensors, spec.num_experts)
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors:
         stored, place = layout.place(name)

@@ -23,6 +23,7 @@ from lcconvert.kernels import (
     sparse_prefill,
     sparse_prefill_hopper,
 )
+from lcconvert.kernels.backend import LOG2E
 
 TILE = "tensordesc<bf16[128,64]>"
 
@@ -92,8 +93,8 @@ def main():
     check_decode("plain", "plain")
     check(
         paged_decode._merge_kernel,
-        {"outs": "*fp32", "lses": "*fp32", "owner": "*i32", "out": "*bf16"},
-        {"SLOTS": 64, "HEADS": 32, "GROUP": 4, "D": 64, "WIDE": 32},
+        {"outs": "*fp32", "lses": "*fp32", "owner": "*i32", "sinks": "*fp32", "out": "*bf16"},
+        {"SLOTS": 64, "HEADS": 32, "GROUP": 4, "D": 64, "WIDE": 32, "SINKS": True, "LOG2E": LOG2E},
     )
     check(
         select_pages._bound_kernel,

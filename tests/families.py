@@ -103,6 +103,26 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            **_HYBRID,
+            "head_dim": 32,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 96,
+            "swiglu_limit": 0.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150_000.0,
+                "factor": 8.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 256,
+            },
+        },
+    ),
     "phi3-plain": ("phi3", {}),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
     "phi4": ("phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 64}),
@@ -141,7 +161,7 @@ def random_model(row: str) -> transformers.PreTrainedModel:
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.normal_(0, 0.1)
+            weight.normal_(0, 2.0 if "sinks" in name else 0.1)
             if "norm" in name and model_type != "gemma3_text":  # whose norms count from 1
                 weight.add_(1)
     return model.eval()
@@ -206,6 +226,7 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
     "Qwen2, Qwen2.5": ("qwen2", {"a window": "qwen2-window"}),
     "Qwen3": ("qwen3", {}),
     "Qwen3-MoE": ("qwen3-moe", {}),
+    "gpt-oss": ("gpt-oss", {}),
     "Phi-3, Phi-4": ("phi3-plain", {"a window": "phi3", "LongRoPE": "phi4"}),
     "SmolLM3": ("smollm3", {}),
     "OLMo 2": ("olmo2", {}),

@@ -122,6 +122,21 @@ def test_both_ends_and_the_middle(device):
     assert torch.equal(attend_pages(q, parts), out)
 
 
+def test_sinks(device):
+    """As one more score of each head, of no value; far above the others, among them and far below."""
+    k, v = pool("int4_channel", 1, device=device), pool("int4_token", 2, device=device)
+    parts = [exact([256, 0, 1, 129], device), PagePart(k, v, *listed([[3, 1], [], [], [2]], device))]
+    q, sinks = queries(4, 6, 32, device), torch.tensor([-80.0, -1.0, 0.5, 3.0, 8.0, 80.0], device=device)
+    keys = [[torch.cat([next(iter(kv_rows(part, s, h // 3))) for part in parts]) for h in range(6)] for s in range(4)]
+    lse = torch.stack([
+        torch.stack([(rows @ q[s, h].double() * 32**-0.5).logsumexp(0) for h, rows in enumerate(keys[s])])
+        for s in range(4)
+    ])  # fmt: skip
+    want = attention(q, parts) * torch.sigmoid(lse - sinks)[..., None]
+    close(attend_pages(q, parts, sinks=sinks), want, TOLERANCE[device])
+    close(attend_pages_torch(q, parts, 32**-0.5, sinks), want, 1e-4)
+
+
 def test_one_long_sequence_among_short_ones(device):
     k, v = pool("int4_channel", 1, device=device), pool("int4_token", 2, device=device)
     rows = [[1], [], [2, 4, 0, 1, 3] * 8, [3, 3], [4]]
