@@ -27,6 +27,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MESSAGES)
 
 
+def estimated_seconds(measured: tuple[int, float] | None, length: int) -> float:
+    """What a context of `length` tokens may take, from (tokens, seconds) of another; 0 when none was measured.
+
+    The truth lies between linear and quadratic in the length; quadratic is the cautious guess.
+    """
+    return measured[1] * (length / measured[0]) ** 2 if measured else 0.0
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for the GPU, so that a clock read after it is true; nothing on a CPU."""
     if device.type == "cuda":

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from lcconvert.convert.cost import PeakMemory, is_out_of_memory, kv_bytes_of, synchronize
+from lcconvert.convert.cost import PeakMemory, estimated_seconds, is_out_of_memory, kv_bytes_of, synchronize
 from lcconvert.convert.haystack import SentenceBank
 from lcconvert.convert.needle_prompt import Prompt, build_prompt
 from lcconvert.convert.needle_wordings import VERSION, Puzzle, Question, make_puzzles
@@ -199,9 +199,11 @@ def run_needles(
             out_of_memory.add(length)
             continue
         started = time.perf_counter()
-        # between linear and quadratic in the length; quadratic is the cautious guess
-        estimate = worst[1] * (length / worst[0]) ** 2 if worst else 0.0
-        if deadline is not None and started + estimate > deadline and _missing(plan, context, base, log):
+        if (
+            deadline is not None
+            and started + estimated_seconds(worst, length) > deadline
+            and _missing(plan, context, base, log)
+        ):
             continue
         if not _run_context(engine, bank, plan, context, base, log, advance):
             out_of_memory.add(length)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from lcconvert.convert.claim import longest_kept
 from lcconvert.convert.code_questions import SourceTree
-from lcconvert.convert.cost import is_out_of_memory, synchronize
+from lcconvert.convert.cost import estimated_seconds, is_out_of_memory, synchronize
 from lcconvert.convert.endpoint import Asker
 from lcconvert.convert.needles import Answer, ask
 from lcconvert.convert.prompt_parts import prompt_mode
@@ -132,9 +132,7 @@ def run_tasks(
 
     for case, prompt_of in _ahead(built, pending):
         started = time.perf_counter()
-        # between linear and quadratic in the length; quadratic is the cautious guess
-        estimate = worst[1] * (case.length / worst[0]) ** 2 if worst else 0.0
-        if deadline is not None and started + estimate > deadline:
+        if deadline is not None and started + estimated_seconds(worst, case.length) > deadline:
             break
         try:
             _ask_case(target, case, prompt_of(), base, log)

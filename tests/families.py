@@ -15,7 +15,7 @@ from typing import Any
 import conftest  # noqa: F401  puts lcconvert on the path, also for `python tests/families.py`
 import torch
 import transformers
-from tiny import write_tokenizer
+from tiny import SHAPE, write_tokenizer
 
 from lcconvert.convert.export import ExportConfig, export
 from lcconvert.convert.extend import ExtendConfig, extend
@@ -31,20 +31,6 @@ from lcconvert.runtime.spec import ModelSpec
 WINDOW = 150  # tokens: more than a page, no multiple of one
 CONTEXT = 8_192
 TOKENS = 390
-_SHAPE: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 2048,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -129,7 +115,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {**_HYBRID, "rope_parameters": _OLMO}),
-    "glm4": ("glm4", {"head_dim": 32, "rope_parameters": {**_SHAPE["rope_parameters"], "partial_rotary_factor": 0.5}}),
+    "glm4": ("glm4", {"head_dim": 32, "rope_parameters": {**SHAPE["rope_parameters"], "partial_rotary_factor": 0.5}}),
     "gemma3": (
         "gemma3_text",
         {
@@ -157,7 +143,7 @@ def random_model(row: str) -> transformers.PreTrainedModel:
     """Weights large enough that attention is not uniform; biases and norms are random too."""
     model_type, differing = ROWS[row]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **(_SHAPE | differing))
+    config = transformers.AutoConfig.for_model(model_type, **(SHAPE | differing))
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
