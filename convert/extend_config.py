@@ -19,6 +19,7 @@ Tokens = Annotated[int, BeforeValidator(lambda value: parse_count(value, "token 
 
 
 REPLAY_TOKENS = 2048
+_SHORTEST_TEXT = 1024  # facts, and room at the end for a question
 REPLAY_ROW = 8 * REPLAY_TOKENS  # beside every update of a stage with questions
 
 
@@ -57,6 +58,11 @@ class Stage(BaseModel):
         if self.retrieval_share + self.replay_share > 1.0:
             raise ValueError(
                 f"retrieval_share {self.retrieval_share} and replay_share {self.replay_share} are more than all windows"
+            )
+        if self.questions and self.seq_len < _SHORTEST_TEXT:
+            raise ValueError(
+                f"seq_len is {self.seq_len} and questions are asked about a text of at least {_SHORTEST_TEXT} tokens; "
+                "give a longer seq_len, or leave questions out"
             )
         return self
 

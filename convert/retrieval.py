@@ -228,7 +228,7 @@ def retrieval_reading(
     asked: list[tuple[str, str]] = []
     used = 0
     while len(asked) < questions and names:
-        size = min(len(names), rng.choice((4, 8, 16, 32)))
+        size = min(len(names), rng.choice((4, 8, 16, 32)), max(1, length // 128))
         puzzle = make_puzzle(size, rng, [names.pop() for _ in range(size)])
         planted = [tokenizer.encode(f"{fact}\n\n") for fact in puzzle.facts]
         used += sum(map(len, planted))

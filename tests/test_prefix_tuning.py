@@ -137,3 +137,8 @@ def test_training_on_questions_learns_and_goes_on_from_a_kill(
     again = FolderSource(extend(str(work / "source"), tmp_path / "again", config))
     for name in again.names():
         assert torch.equal(again.tensor(name), FolderSource(whole).tensor(name))
+
+
+def test_a_text_too_short_for_questions_is_refused() -> None:
+    with pytest.raises(ValueError, match="seq_len is 512 and questions are asked about a text of at least 1024 tokens"):
+        Stage(steps=1, seq_len=512, questions=4)
